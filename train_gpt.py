@@ -1,0 +1,1450 @@
+"""Train, quantize, pack and score a Gated DeltaNet / sliding-window hybrid for the 16 MB / 10 minutes competition.
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py            # 8xH100, the real run
+    torchrun --standalone --nproc_per_node=1 train_gpt.py            # one GPU, same mathematics, 8 micro-batches
+    PRESET=demo torchrun --standalone --nproc_per_node=1 train_gpt.py    # laptop CPU, minutes, data/prepare.py --demo
+    EVAL_ONLY=1 ARTIFACT=final_model.int6.ptz python train_gpt.py    # score a packed artifact in a fresh process
+
+Every hyperparameter is an environment variable. The file never is longer than 1,500 lines. Sections, in run order:
+
+    1. Hyperparameters and presets
+    2. Device, ranks, logging, clock
+    3. Byte accounting
+    4. Shards and loader
+    5. Kernels
+    6. Model
+    7. Muon and AdamW
+    8. Schedules, averaging, checkpoints
+    9. GPTQ
+    10. Packing
+    11. Evaluation
+    12. Training
+    13. Main
+"""
+
+import bisect
+import collections
+import copy
+import glob
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import struct
+import subprocess
+import sys
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import brotli
+import numpy as np
+import sentencepiece as spm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import zstandard
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+
+# -----------------------------------------------------------------------------
+# 1. Hyperparameters and presets
+
+
+@dataclass
+class Hyperparameters:
+    """One run. Each field is read from the environment under its upper-case name; defaults are the record."""
+
+    # run
+    preset: str = "record"
+    run_id: str = field(default_factory=lambda: str(uuid.uuid4()))  # the log is logs/<run_id>.txt
+    seed: int = 1337
+    author: str = ""  # for submission.json
+    github_id: str = ""
+    artifact: str = "final_model.int6.ptz"  # written by training, read by EVAL_ONLY
+    eval_only: bool = False
+    scores: str = ""  # .npz path: nats, bytes, position of every scored target
+    checkpoint_every: int = 0  # steps; 0 = off
+    checkpoint: str = "checkpoint"  # path prefix, one file per rank
+    resume: bool = False
+    # data
+    data_path: str = "./data/datasets/fineweb10B_sp1024"
+    tokenizer_path: str = "./data/tokenizers/fineweb_1024_bpe.model"
+    vocab_size: int = 1024
+    train_batch_tokens: int = 786_432  # per optimizer step, over all ranks
+    train_seq_len: int = 2048
+    grad_accum_steps: int = 0  # micro-batches per step and rank; 0 = 8 // WORLD_SIZE, as the baseline
+    # model
+    layout: str = "G5 S G5 S=5"  # see parse_layout
+    model_dim: int = 512
+    mlp_mult: float = 3.0
+    gdn_heads: int = 8
+    gdn_head_dim: int = 64
+    allow_neg_eigval: bool = False  # beta in (0, 2) instead of (0, 1)
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    head_dim: int = 64
+    window_size: int = 512  # token t sees t-window_size+1 .. t
+    rope_dims: int = 16  # rotated dims of each head, the rest is position-free
+    rope_base: float = 10_000.0
+    qk_gain_init: float = 5.0
+    xsa: bool = True  # exclusive self-attention: the output has no component along the token's own value
+    ngram_vocab_size: int = 3072  # rows of the hashed bigram/trigram table; 0 = off
+    ngram_dim: int = 112
+    smear_dims: int = 12  # inputs of the SmearGate; 0 = off
+    tied_embed_init_std: float = 0.005
+    logit_softcap: float = 30.0
+    # optimizer
+    matrix_lr: float = 0.022
+    muon_momentum: float = 0.97
+    muon_momentum_warmup_start: float = 0.92
+    muon_momentum_warmup_frac: float = 0.3  # of the run
+    muon_backend_steps: int = 5
+    muon_wd: float = 0.095
+    tied_embed_lr: float = 0.03
+    embed_wd: float = 0.085
+    scalar_lr: float = 0.02
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    grad_clip_norm: float = 0.3  # 0 = off
+    ema_decay: float = 0.9965  # 0 = off
+    # schedule
+    iterations: int = 20_000
+    max_wallclock_seconds: float = 600.0  # training and every read of training data; <= 0 = off
+    gptq_reserve_seconds: float = 8.0  # of it, kept for the Hessians
+    warmdown_frac: float = 0.75
+    min_lr: float = 0.1  # floor of the learning-rate multiplier
+    warmup_steps: int = 20  # untimed, on synthetic tokens, undone afterwards
+    train_log_every: int = 200
+    val_loss_every: int = 0  # steps; 0 = only at the end
+    # quantization and packing
+    matrix_bits: int = 6
+    matrix_clip_sigmas: float = 12.85
+    embed_bits: int = 8
+    embed_clip_sigmas: float = 20.0
+    gptq_calibration_batches: int = 2  # of TRAIN_BATCH_TOKENS
+    compressor: str = "brotli"
+    # evaluation
+    eval_seq_len: int = 2048
+    eval_stride: int = 64
+    val_batch_size: int = 65_536  # tokens per forward and rank
+
+    @classmethod
+    def from_env(cls, env, base=None) -> "Hyperparameters":
+        """PRESET (or `base`, a Hyperparameters), then one override per field.
+
+        Raises: ValueError naming the variable, what was found and what was expected.
+        """
+        preset = env.get("PRESET", "record")
+        if preset not in PRESETS:
+            raise ValueError(f"PRESET={preset!r}: expected one of {', '.join(PRESETS)}")
+        hp = copy.copy(base) if base else cls(**({"preset": preset} | PRESETS[preset]))
+        for f in fields(cls):
+            name = f.name.upper()
+            if f.name != "preset" and name in env:
+                try:
+                    value = {"0": False, "1": True}[env[name]] if f.type is bool else f.type(env[name])
+                except (KeyError, ValueError):
+                    expected = "0 or 1" if f.type is bool else f.type.__name__
+                    raise ValueError(f"{name}={env[name]!r}: expected {expected}") from None
+                setattr(hp, f.name, value)
+        hp.validate()
+        return hp
+
+    def validate(self) -> None:
+        """Raises: ValueError naming the first impossible field."""
+        parse_layout(self.layout)
+        for name in ("vocab_size train_batch_tokens train_seq_len model_dim mlp_mult gdn_heads gdn_head_dim num_heads "
+                     "num_kv_heads head_dim window_size rope_base logit_softcap iterations eval_seq_len eval_stride "
+                     "val_batch_size matrix_clip_sigmas embed_clip_sigmas gptq_calibration_batches").split():
+            self.require(name, getattr(self, name) > 0, "more than 0")
+        for name in "warmdown_frac min_lr ema_decay muon_momentum_warmup_frac".split():
+            self.require(name, 0 <= getattr(self, name) <= 1, "0 to 1")
+        for name in ("matrix_bits", "embed_bits"):
+            self.require(name, 2 <= getattr(self, name) <= 8, "2 to 8")
+        self.require("vocab_size", self.vocab_size <= 65_536, "at most 65536: tokens are uint16")
+        self.require("num_kv_heads", self.num_heads % self.num_kv_heads == 0, f"to divide NUM_HEADS={self.num_heads}")
+        self.require("rope_dims", self.rope_dims in range(0, self.head_dim + 1, 2), f"even, 0 to {self.head_dim}")
+        self.require("smear_dims", 0 <= self.smear_dims <= self.model_dim, f"0 to MODEL_DIM={self.model_dim}")
+        self.require("ngram_vocab_size", self.ngram_vocab_size == 0 or self.ngram_vocab_size > 1, "0 or more than 1")
+        self.require("eval_stride", self.eval_stride <= self.eval_seq_len, f"at most EVAL_SEQ_LEN={self.eval_seq_len}")
+        self.require("compressor", self.compressor in CODECS, f"one of {', '.join(CODECS)}")
+        self.require("gptq_reserve_seconds", self.max_wallclock_seconds <= 0
+                     or 0 <= self.gptq_reserve_seconds < self.max_wallclock_seconds,
+                     f"0 to less than MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g}")
+
+    def require(self, name: str, ok: bool, expected: str) -> None:
+        if not ok:
+            raise ValueError(f"{name.upper()}={getattr(self, name)!r}: expected {expected}")
+
+
+def config_of(hp: Hyperparameters) -> dict:
+    """What makes a run the run it is: all but where it writes and how it is called."""
+    run = "run_id author github_id artifact eval_only scores checkpoint checkpoint_every resume".split()
+    return {k: v for k, v in asdict(hp).items() if k not in run}
+
+
+def parse_layout(layout: str) -> list[tuple[str, int]]:
+    """'G5 S G5 S=5' -> one (kind, owner) per block; owner is the block whose mixer weights it uses.
+
+    G = Gated DeltaNet, S = sliding-window attention, A = full causal attention; a number repeats, `=i` reuses the
+    mixer of block i (counted from 0), which must be of the same kind.
+
+    Raises: ValueError naming LAYOUT and the offending part.
+    """
+    blocks: list[tuple[str, int]] = []
+    for part in layout.split():
+        match = re.fullmatch(r"([GSA])(\d*)(?:=(\d+))?", part)
+        if not match or match[2] == "0":
+            raise ValueError(f"LAYOUT={layout!r}: {part!r} is not G, S or A with an optional count and =block")
+        for _ in range(int(match[2] or 1)):
+            owner = int(match[3]) if match[3] else len(blocks)
+            if match[3] and (owner >= len(blocks) or blocks[owner] != (match[1], owner)):
+                raise ValueError(f"LAYOUT={layout!r}: {part!r} reuses block {owner}, not an earlier {match[1]}")
+            blocks.append((match[1], owner))
+    if not blocks:
+        raise ValueError(f"LAYOUT={layout!r}: expected at least one block")
+    return blocks
+
+
+PRESETS: dict[str, dict] = {
+    "record": {},
+    # two CPU cores, minutes: 2 MB of Python documentation, see data/prepare.py --demo
+    "demo": dict(
+        data_path="./data/datasets/demo", tokenizer_path="./data/tokenizers/demo_1024_bpe.model",
+        train_batch_tokens=8192, train_seq_len=512, grad_accum_steps=2, eval_seq_len=512, val_batch_size=8192,
+        layout="G2 S G2 S=2", model_dim=192, gdn_heads=3, num_heads=3, num_kv_heads=1, window_size=256,
+        ngram_vocab_size=4096, ngram_dim=64, max_wallclock_seconds=200.0, gptq_reserve_seconds=4.0, warmup_steps=2,
+        ema_decay=0.97, train_log_every=20, matrix_clip_sigmas=6.0, embed_clip_sigmas=12.0,
+    ),
+}
+
+# -----------------------------------------------------------------------------
+# 2. Device, ranks, logging, clock
+
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
+# weights are fp32 masters, cast to this where they are used; no autocast
+COMPUTE_DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+SIZE_LIMIT = 16_000_000  # bytes, decimal: artifact + this file
+
+log = logging.getLogger("train_gpt")
+
+
+def init_ranks() -> None:
+    """Joins the process group of torchrun; a single rank needs none."""
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(DEVICE)
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
+
+
+def all_reduce(x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
+    """In place over all ranks; one rank skips it."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(x, op)
+    return x
+
+
+def init_log(hp: Hyperparameters) -> None:
+    """Rank 0 logs to stdout and to logs/<run_id>.txt, which starts with this source and the versions it runs on."""
+    log.setLevel(logging.INFO if RANK == 0 else logging.ERROR)
+    log.propagate = False
+    log.handlers = [logging.StreamHandler(sys.stdout)]
+    if RANK != 0:
+        return
+    path = Path("logs") / f"{hp.run_id}.txt"
+    path.parent.mkdir(exist_ok=True)
+    gpus = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout if DEVICE.type == "cuda" else "no GPU"
+    rule = "=" * 100
+    path.write_text("\n".join([Path(__file__).read_text(), rule, f"Running Python {sys.version}",
+                               f"Running PyTorch {torch.__version__}", gpus, rule, ""]))
+    log.addHandler(logging.FileHandler(path))
+    log.info(path)
+
+
+# -----------------------------------------------------------------------------
+# 3. Byte accounting
+
+
+class ByteLuts(NamedTuple):
+    """Per token id: bytes without the leading space, whether it has one, whether it is a boundary. [V] each."""
+
+    base_bytes: Tensor
+    has_leading_space: Tensor
+    is_boundary: Tensor
+
+
+def build_sentencepiece_luts(sp: spm.SentencePieceProcessor, vocab_size: int, device) -> ByteLuts:
+    """Bytes of each piece as the competition counts them: int32 [V], bool [V], bool [V].
+
+    Control, unknown and unused pieces are 0 bytes and a boundary; byte-fallback pieces are 1; any other piece is its
+    UTF-8 length without its leading U+2581, the space itself is added by `token_bytes`, and only there.
+
+    Raises: ValueError if the tokenizer has another size, another BOS, or no U+2581 piece of its own (each space would
+    then be three byte pieces).
+    """
+    if sp.vocab_size() != vocab_size or sp.bos_id() != BOS_ID:
+        raise ValueError(f"TOKENIZER_PATH: {sp.vocab_size()} pieces and BOS {sp.bos_id()}, "
+                         f"expected VOCAB_SIZE={vocab_size} and BOS {BOS_ID}")
+    if sp.piece_to_id("\u2581") == sp.unk_id():
+        raise ValueError("TOKENIZER_PATH: no piece for U+2581 alone: the bytes of spaces would be counted three times")
+    base, space, boundary = [], [], []
+    for i in range(vocab_size):
+        piece = sp.id_to_piece(i)
+        boundary.append(sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i))
+        plain = not boundary[i] and not sp.is_byte(i)
+        space.append(plain and piece.startswith("\u2581"))
+        base.append(len(piece.removeprefix("\u2581").encode()) if plain else int(not boundary[i]))
+    return ByteLuts(torch.tensor(base, dtype=torch.int32, device=device), torch.tensor(space, device=device),
+                    torch.tensor(boundary, device=device))
+
+
+def token_bytes(luts: ByteLuts, prev_ids: Tensor, target_ids: Tensor) -> Tensor:
+    """UTF-8 bytes of each target, int32: a leading space counts unless the previous token is a boundary."""
+    space = luts.has_leading_space[target_ids] & ~luts.is_boundary[prev_ids]
+    return luts.base_bytes[target_ids] + space.int()
+
+
+# -----------------------------------------------------------------------------
+# 4. Shards and loader
+
+BOS_ID = 1  # starts every document
+HEADER_BYTES = 256 * 4
+MAGIC, VERSION = 20240520, 1  # of the competition's shards
+
+
+def load_data_shard(path) -> Tensor:
+    """Memory-mapped tokens of one shard, uint16 [count].
+
+    Raises: FileNotFoundError, or ValueError naming the file if magic, version, count or size are not as they must be.
+    """
+    size = os.path.getsize(path)
+    if size < HEADER_BYTES:
+        raise ValueError(f"{path}: {size} bytes, expected a header of {HEADER_BYTES}")
+    magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
+    if (magic, version) != (MAGIC, VERSION):
+        raise ValueError(f"{path}: magic {magic} version {version}, expected magic {MAGIC} version {VERSION}")
+    if count < 1 or size != HEADER_BYTES + 2 * count:
+        raise ValueError(f"{path}: header says {count} tokens, so {HEADER_BYTES + 2 * count} bytes, found {size}")
+    return torch.from_numpy(np.memmap(path, dtype="<u2", mode="c", offset=HEADER_BYTES, shape=(count,)))
+
+
+class TokenStream:
+    """All shards of a split as one ring of tokens, in the order of their names."""
+
+    def __init__(self, data_path: str, split: str, vocab_size: int):
+        pattern = os.path.join(data_path, f"fineweb_{split}_*.bin")
+        # the byte sidecars of a transformed split (fineweb_val_bytes_*) are not tokens
+        self.paths = [p for p in sorted(glob.glob(pattern)) if "_bytes_" not in os.path.basename(p)]
+        if not self.paths:
+            raise FileNotFoundError(f"DATA_PATH={data_path}: no file matches {pattern}")
+        self.shards = [load_data_shard(path) for path in self.paths]
+        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards]).tolist()
+        self.vocab_size = vocab_size
+        if self.shards[0][0].item() != BOS_ID:
+            raise ValueError(f"{self.paths[0]}: starts with token {self.shards[0][0]}, expected BOS={BOS_ID}")
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def read(self, start: int, count: int) -> Tensor:
+        """Tokens start .. start+count-1 of the ring, int64 [count].
+
+        Raises: ValueError naming the shard that holds an id outside the vocabulary.
+        """
+        pieces = []
+        while count > 0:
+            start %= len(self)
+            i = bisect.bisect_right(self.starts, start) - 1
+            piece = self.shards[i][start - self.starts[i]:][:count].long()
+            if piece.max() >= self.vocab_size:
+                raise ValueError(f"{self.paths[i]}: token {piece.max()}, expected below VOCAB_SIZE={self.vocab_size}")
+            pieces.append(piece)
+            start, count = start + len(piece), count - len(piece)
+        return torch.cat(pieces)
+
+
+class TrainLoader:
+    """Batches in stream order, read ahead by one thread. `position` (tokens) is all there is to resume."""
+
+    def __init__(self, stream: TokenStream, hp: Hyperparameters, position: int = 0):
+        self.stream, self.position = stream, position
+        self.batch_tokens, self.T = hp.train_batch_tokens, hp.train_seq_len
+        self.micro_steps = grad_accum_steps(hp)
+        self.pool = ThreadPoolExecutor(1)
+        self.ahead = self.pool.submit(self.read, position)
+
+    def read(self, position: int) -> list[tuple[Tensor, Tensor]]:
+        """This rank's micro-batches of the step at `position`: (inputs, targets), int64 [B, T] each."""
+        span = self.batch_tokens // (self.micro_steps * WORLD_SIZE)
+        batch = []
+        for micro in range(self.micro_steps):
+            tokens = self.stream.read(position + (micro * WORLD_SIZE + RANK) * span, span + 1)
+            pair = tokens[:-1].view(-1, self.T), tokens[1:].view(-1, self.T)
+            batch.append(tuple(t.pin_memory() for t in pair) if DEVICE.type == "cuda" else pair)
+        return batch
+
+    def next(self) -> list[tuple[Tensor, Tensor]]:
+        batch = self.ahead.result()
+        self.position += self.batch_tokens
+        self.ahead = self.pool.submit(self.read, self.position)
+        return [(x.to(DEVICE, non_blocking=True), y.to(DEVICE, non_blocking=True)) for x, y in batch]
+
+    def close(self) -> None:
+        """No training data after this: a later `next` raises RuntimeError."""
+        self.ahead.cancel()
+        self.pool.shutdown()
+
+
+def grad_accum_steps(hp: Hyperparameters) -> int:
+    """Raises: ValueError if the batch does not split evenly over micro-batches and ranks."""
+    if not hp.grad_accum_steps and 8 % WORLD_SIZE:
+        raise ValueError(f"WORLD_SIZE={WORLD_SIZE}: expected a divisor of 8, or GRAD_ACCUM_STEPS set")
+    steps = hp.grad_accum_steps or 8 // WORLD_SIZE
+    if hp.train_batch_tokens % (steps * WORLD_SIZE * hp.train_seq_len):
+        raise ValueError(f"TRAIN_BATCH_TOKENS={hp.train_batch_tokens}: expected a multiple of "
+                         f"{steps} micro-batches x {WORLD_SIZE} ranks x TRAIN_SEQ_LEN={hp.train_seq_len}")
+    return steps
+
+# -----------------------------------------------------------------------------
+# 5. Kernels
+#
+# `gated_delta_rule` and `window_attention` are the only places where CPU and CUDA differ. The plain torch side is the
+# CPU path and the oracle of the tests.
+
+
+def gated_delta_rule(q, k, v, g, beta, initial_state=None) -> tuple[Tensor, Tensor]:
+    """S <- exp(g) S; S <- S + beta k (v - S^T k)^T; o = S^T q / sqrt(K), per token and head (arXiv:2412.06464).
+
+    q, k: [B, T, H, K], normalised. v: [B, T, H, V]. g: [B, T, H], log decay <= 0. beta: [B, T, H].
+    initial_state: [B, H, K, V] float32, zeros if None.
+    Returns o: [B, T, H, V] in v's dtype and the final state: [B, H, K, V] float32.
+    """
+    B, _, H, K = k.shape
+    if initial_state is None:
+        initial_state = torch.zeros(B, H, K, v.shape[-1], dtype=torch.float32, device=k.device)
+    if k.is_cuda:
+        o, final_state, _, _ = fla_gated_delta_rule(q, k, v, g, beta, initial_state)
+        return o, final_state
+    return torch_gated_delta_rule(q, k, v, g, beta, initial_state)
+
+
+def torch_gated_delta_rule(q, k, v, g, beta, initial_state, chunk: int = 32) -> tuple[Tensor, Tensor]:
+    """The chunked (WY) form in plain torch: only the state passes from chunk to chunk, the rest is batched.
+
+    float32 inside, or float64 for float64 inputs. 32 is the fastest chunk on a CPU at K = V = 64.
+    """
+    B, T, H, K = k.shape
+    C, N = chunk, -(-T // chunk)
+
+    def chunks(x):  # [B, T, H, ...] -> [B*H, N, C, ...], padded with tokens that neither decay nor write
+        x = x.to(torch.promote_types(x.dtype, torch.float32)).transpose(1, 2).flatten(0, 1)
+        return F.pad(x, (0, 0) * (x.ndim - 2) + (0, N * C - T)).unflatten(1, (N, C))
+
+    dtype = v.dtype
+    q, k, v = map(chunks, (q, k, v))
+    g, beta = (chunks(x.unsqueeze(-1)).squeeze(-1) for x in (g, beta))
+    g = g.cumsum(-1)
+    future = torch.ones(C, C, dtype=torch.bool, device=k.device).triu(1)
+    decay = (g.unsqueeze(-1) - g.unsqueeze(-2)).masked_fill(future, -torch.inf).exp()  # from column's to row's token
+    from_start = g.exp().unsqueeze(-1)
+    # the writes of a chunk solve (I + A) U = beta V: each sees what the earlier ones wrote along its key
+    A = (k @ k.mT) * (decay * beta.unsqueeze(-1))
+    eye = torch.eye(C, dtype=A.dtype, device=A.device).expand_as(A)
+    inverse = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True) * beta.unsqueeze(-2)
+    U = inverse @ v
+    W = (inverse * from_start.mT) @ k
+    k_to_end = k * decay[..., -1, :, None]
+
+    S = initial_state.to(k.dtype).flatten(0, 1)
+    states, writes = [], []
+    for U_n, W_n, k_n, decay_n in zip(*(x.unbind(1) for x in (U, W, k_to_end, from_start[..., -1:, :])), strict=True):
+        states.append(S)
+        writes.append(torch.baddbmm(U_n, W_n, S, alpha=-1))
+        S = torch.baddbmm(decay_n * S, k_n.mT, writes[-1])
+    o = (q * from_start) @ torch.stack(states, 1) + ((q @ k.mT) * decay) @ torch.stack(writes, 1)
+    o = (o * K**-0.5).flatten(1, 2)[:, :T].unflatten(0, (B, H)).transpose(1, 2)
+    return o.to(dtype), S.unflatten(0, (B, H))
+
+
+# fla excludes its chunk op from torch.compile, which would break fullgraph; as custom ops it is opaque instead.
+# Imported when first used: on a machine without a GPU the import takes seconds and warns.
+
+
+@torch.library.custom_op("train_gpt::gated_delta_rule", mutates_args=())
+def fla_gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """fla's Triton chunk kernels. Returns o, final state, and for the backward the summed decay and WY matrix."""
+    from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_fwd
+
+    q, k, v, g, beta = (x.contiguous() for x in (q, k, v, g, beta))
+    g_sum, o, A, final_state, _, _ = chunk_gated_delta_rule_fwd(
+        q, k, v, g, beta, scale=k.shape[-1] ** -0.5, initial_state=initial_state, output_final_state=True)
+    return o.to(v.dtype), final_state, g_sum, A
+
+
+@fla_gated_delta_rule.register_fake
+def _(q, k, v, g, beta, initial_state):
+    return v.new_empty(v.shape), initial_state.new_empty(initial_state.shape), g.new_empty(g.shape), \
+        k.new_empty(*k.shape[:3], 64)
+
+
+@torch.library.custom_op("train_gpt::gated_delta_rule_backward", mutates_args=())
+def fla_gated_delta_rule_backward(
+    q: Tensor, k: Tensor, v: Tensor, g_sum: Tensor, beta: Tensor, A: Tensor, initial_state: Tensor,
+    do: Tensor, d_state: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_bwd
+
+    q, k, v, beta, do, d_state = (x.contiguous() for x in (q, k, v, beta, do, d_state))
+    dq, dk, dv, dbeta, dg, dh0, _, _ = chunk_gated_delta_rule_bwd(
+        q, k, v, g_sum, beta, A, scale=k.shape[-1] ** -0.5, initial_state=initial_state, do=do, dht=d_state)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg.to(g_sum.dtype), dbeta.to(beta.dtype), dh0
+
+
+@fla_gated_delta_rule_backward.register_fake
+def _(q, k, v, g_sum, beta, A, initial_state, do, d_state):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, g_sum, beta, initial_state))
+
+
+def save_for_delta_backward(ctx, inputs, output):
+    q, k, v, _, beta, initial_state = inputs
+    ctx.save_for_backward(q, k, v, output[2], beta, output[3], initial_state)
+
+
+def delta_backward(ctx, do, d_state, *_):
+    return fla_gated_delta_rule_backward(*ctx.saved_tensors, do, d_state)
+
+
+fla_gated_delta_rule.register_autograd(delta_backward, setup_context=save_for_delta_backward)
+
+
+def window_attention(q, k, v, window: int, doc=None) -> Tensor:
+    """Causal attention inside documents: token t sees t-window+1 .. t, as far as they have its document number.
+
+    q: [B, T, H, D]. k, v: [B, T, Hkv, D], Hkv divides H. doc: [B, T], rising along T; None = one document a row.
+    Returns [B, T, H, D].
+    """
+    B, T = q.shape[:2]
+    if doc is None:
+        doc = torch.zeros(B, T, dtype=torch.long, device=q.device)
+    if not q.is_cuda:
+        t = torch.arange(T, device=q.device)
+        seen = (t[:, None] >= t) & (t[:, None] - t < window) & (doc[:, :, None] == doc[:, None, :])
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen.unsqueeze(1), enable_gqa=True).transpose(1, 2)
+    # a fixed number of segments keeps the shapes static: documents average over 1,000 tokens, room is for 64
+    starts = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0), value=True).flatten()
+    room = B * T // 64 + 64
+    torch._assert_async(starts.sum() <= room, "window_attention: documents are shorter than 64 tokens on average")
+    cu_seqlens = torch.nonzero_static(starts, size=room + 1, fill_value=B * T).flatten().int()
+    out = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, cu_seqlens, T, T,
+                      window_size=(window - 1 if window < T else -1, 0), enable_gqa=True)
+    return out.unflatten(0, (B, T))
+
+
+# -----------------------------------------------------------------------------
+# 6. Model
+
+# log decay at a document's first token: exp(-60) of the old state is nothing beside any new write in float32, and the
+# sums of log decay inside a chunk stay small enough to be exact
+RESET_LOG_DECAY = -60.0
+
+
+class Context(NamedTuple):
+    """What every layer needs to know of the tokens besides their embedding."""
+
+    doc: Tensor  # [B, T] document number; BOS starts a new one
+    is_bos: Tensor  # [B, T, 1]
+    same_doc: tuple[Tensor, Tensor, Tensor]  # [B, T, 1] each: is the token 1, 2, 3 earlier of the same document
+    cos: Tensor  # [T, 1, rope_dims // 2]
+    sin: Tensor
+
+
+def shift(x: Tensor, n: int) -> Tensor:
+    """x of the token n earlier, zeros before the first; over dim 1."""
+    return F.pad(x, (0, 0) * (x.ndim - 2) + (n, 0))[:, : x.shape[1]]
+
+
+def make_context(ids: Tensor, rope_dims: int, rope_base: float, dtype: torch.dtype) -> Context:
+    """ids: [B, T]."""
+    is_bos = ids == BOS_ID
+    doc = is_bos.long().cumsum(1) + 1  # shift pads with 0, which is no document
+    same_doc = tuple((shift(doc, n) == doc).unsqueeze(-1).to(dtype) for n in (1, 2, 3))
+    frequencies = rope_base ** -torch.linspace(0, 1, rope_dims // 2 + 1, device=ids.device)[:-1]
+    angles = torch.arange(ids.shape[1], device=ids.device)[:, None, None] * frequencies
+    return Context(doc, is_bos.unsqueeze(-1), same_doc, angles.cos().to(dtype), angles.sin().to(dtype))
+
+
+def norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype) if weight is not None else None, eps=1e-5)
+
+
+def rotary(x: Tensor, ctx: Context) -> Tensor:
+    """Rotates the first rope_dims of each head by the token's position in the row. x: [B, T, H, D]."""
+    n = ctx.cos.shape[-1]
+    x1, x2, rest = x.split((n, n, x.shape[-1] - 2 * n), -1)
+    return torch.cat((x1 * ctx.cos + x2 * ctx.sin, x2 * ctx.cos - x1 * ctx.sin, rest), -1)
+
+
+class Linear(nn.Linear):
+    """No bias; float32 master weight, cast to the input's dtype."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class ShortConv(nn.Module):
+    """Causal depthwise convolution over 4 tokens of the document, then SiLU. weight: [n, 4], last tap = own token."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n, 4))
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        taps = self.weight.to(x.dtype).unbind(-1)
+        y = x * taps[3]
+        for n in (1, 2, 3):
+            y = torch.addcmul(y, shift(x, n) * ctx.same_doc[n - 1], taps[3 - n])
+        return F.silu(y)
+
+
+class GatedDeltaNet(nn.Module):
+    """arXiv:2412.06464, with the names of fla.layers.GatedDeltaNet (expand_v = 1)."""
+
+    def __init__(self, hp: Hyperparameters):
+        super().__init__()
+        n = hp.gdn_heads * hp.gdn_head_dim
+        self.head_dim, self.beta_max = hp.gdn_head_dim, 2.0 if hp.allow_neg_eigval else 1.0
+        self.q_proj, self.k_proj, self.v_proj, self.g_proj = (Linear(hp.model_dim, n) for _ in range(4))
+        self.a_proj, self.b_proj = (Linear(hp.model_dim, hp.gdn_heads) for _ in range(2))
+        self.q_conv1d, self.k_conv1d, self.v_conv1d = (ShortConv(n) for _ in range(3))
+        self.A_log = nn.Parameter(torch.empty(hp.gdn_heads))
+        self.dt_bias = nn.Parameter(torch.empty(hp.gdn_heads))
+        self.o_norm = nn.Parameter(torch.empty(hp.gdn_head_dim))
+        self.o_proj = Linear(n, hp.model_dim)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x: [B, T, D] -> [B, T, D]."""
+        q = self.q_conv1d(self.q_proj(x), ctx).unflatten(-1, (-1, self.head_dim))
+        k = self.k_conv1d(self.k_proj(x), ctx).unflatten(-1, (-1, self.head_dim))
+        v = self.v_conv1d(self.v_proj(x), ctx).unflatten(-1, (-1, self.head_dim))
+        g = -self.A_log.exp() * F.softplus(self.a_proj(x).float() + self.dt_bias)
+        g = g.masked_fill(ctx.is_bos, RESET_LOG_DECAY)
+        beta = self.beta_max * self.b_proj(x).float().sigmoid()
+        o, _ = gated_delta_rule(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, g, beta)
+        gate = F.silu(self.g_proj(x)).unflatten(-1, (-1, self.head_dim))
+        return self.o_proj((norm(o, self.o_norm) * gate).flatten(2))
+
+
+class Attention(nn.Module):
+    """Sliding-window (or full causal) attention: grouped queries, QK norm and gain, rotary, exclusive values."""
+
+    def __init__(self, hp: Hyperparameters, window: int):
+        super().__init__()
+        self.head_dim, self.window, self.xsa = hp.head_dim, window, hp.xsa
+        self.q_proj = Linear(hp.model_dim, hp.num_heads * hp.head_dim)
+        self.k_proj = Linear(hp.model_dim, hp.num_kv_heads * hp.head_dim)
+        self.v_proj = Linear(hp.model_dim, hp.num_kv_heads * hp.head_dim)
+        self.q_gain = nn.Parameter(torch.empty(hp.num_heads))
+        self.o_proj = Linear(hp.num_heads * hp.head_dim, hp.model_dim)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x: [B, T, D] -> [B, T, D]."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q = rotary(norm(q), ctx) * self.q_gain.to(x.dtype)[:, None]
+        y = window_attention(q, rotary(norm(k), ctx), v, self.window, ctx.doc)
+        if self.xsa:
+            y, own = y.unflatten(2, (v.shape[2], -1)), F.normalize(v, dim=-1).unsqueeze(3)  # [B, T, Hkv, group, D]
+            y = (y - (y * own).sum(-1, keepdim=True) * own).flatten(2, 3)
+        return self.o_proj(y.flatten(2))
+
+
+class MLP(nn.Module):
+    """LeakyReLU(0.5)^2."""
+
+    def __init__(self, hp: Hyperparameters):
+        super().__init__()
+        hidden = int(hp.mlp_mult * hp.model_dim)
+        self.up_proj = Linear(hp.model_dim, hidden)
+        self.down_proj = Linear(hidden, hp.model_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.leaky_relu(self.up_proj(x), 0.5).square())
+
+
+class NgramEmbedding(nn.Module):
+    """One hashed table looked up by bigram and trigram, summed and projected; history ends at the document's start."""
+
+    def __init__(self, hp: Hyperparameters):
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(hp.ngram_vocab_size, hp.ngram_dim))
+        self.proj = Linear(hp.ngram_dim, hp.model_dim)
+
+    def forward(self, ids: Tensor, ctx: Context) -> Tensor:
+        """ids: [B, T] -> [B, T, D]."""
+        missing = len(self.table) - 1
+        bigram = (36313 * ids) ^ (27191 * shift(ids, 1))
+        trigram = bigram ^ (51497 * shift(ids, 2))
+        has1, has2 = (ctx.same_doc[n].squeeze(-1) > 0 for n in (0, 1))
+        rows = F.embedding(torch.where(has1, bigram % missing, missing), self.table)
+        rows = rows + F.embedding(torch.where(has2, trigram % missing, missing), self.table)
+        return self.proj(rows.to(ctx.cos.dtype))
+
+
+class Block(nn.Module):
+    def __init__(self, hp: Hyperparameters, mixer: nn.Module):
+        super().__init__()
+        self.mixer, self.mlp = mixer, MLP(hp)
+        self.resid_mix = nn.Parameter(torch.empty(2, hp.model_dim))
+        self.mixer_scale = nn.Parameter(torch.empty(hp.model_dim))
+        self.mlp_scale = nn.Parameter(torch.empty(hp.model_dim))
+
+    def forward(self, x: Tensor, x0: Tensor, ctx: Context) -> Tensor:
+        mix_x, mix_x0 = self.resid_mix.to(x.dtype)
+        x = mix_x * x + mix_x0 * x0
+        x = x + self.mixer_scale.to(x.dtype) * self.mixer(norm(x), ctx)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """The whole network; the one forward of training, calibration and scoring."""
+
+    def __init__(self, hp: Hyperparameters):
+        super().__init__()
+        self.hp = hp
+        self.tok_emb = nn.Embedding(hp.vocab_size, hp.model_dim)
+        self.ngram = NgramEmbedding(hp) if hp.ngram_vocab_size else None
+        if hp.smear_dims:
+            self.smear_gate = nn.Parameter(torch.empty(hp.smear_dims))
+            self.smear_lambda = nn.Parameter(torch.empty(()))
+        mixers: list[nn.Module] = []
+        for i, (kind, owner) in enumerate(parse_layout(hp.layout)):
+            mixers.append(mixers[owner] if owner < i else
+                          GatedDeltaNet(hp) if kind == "G" else
+                          Attention(hp, hp.window_size if kind == "S" else sys.maxsize))
+        self.blocks = nn.ModuleList(Block(hp, mixer) for mixer in mixers)
+        self.lm_head = Linear(hp.model_dim, hp.vocab_size)
+        self.lm_head.weight = self.tok_emb.weight
+        init_weights(self)
+
+    def embed(self, ids: Tensor, ctx: Context) -> Tensor:
+        x = self.tok_emb(ids).to(ctx.cos.dtype)
+        if self.ngram is not None:
+            x = x + self.ngram(ids, ctx)
+        if self.hp.smear_dims:
+            gate = (x[..., : self.hp.smear_dims] @ self.smear_gate.to(x.dtype)).sigmoid().unsqueeze(-1)
+            x = x + self.smear_lambda.to(x.dtype) * gate * ctx.same_doc[0] * shift(x, 1)
+        return norm(x)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids: [B, T] int64 -> logits [B, T, V] float32, of the next token."""
+        ctx = make_context(input_ids, self.hp.rope_dims, self.hp.rope_base, COMPUTE_DTYPE)
+        x = x0 = self.embed(input_ids, ctx)
+        for block in self.blocks:
+            x = block(x, x0, ctx)
+        cap = self.hp.logit_softcap
+        return cap * torch.tanh(self.lm_head(norm(x)).float() / cap)
+
+
+def token_nats(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """-ln p(target), float32 [B, T]; x, y: [B, T] inputs and targets."""
+    return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none").view_as(y)
+
+
+class ParamRule(NamedTuple):
+    """matrix: Muon, GPTQ at MATRIX_BITS. embed: AdamW, GPTQ at EMBED_BITS. scalar: AdamW without decay, float16."""
+
+    pattern: str
+    kind: str
+    init: object  # (weight, hp) -> None
+
+
+def init_log_uniform_dt(w: Tensor, hp: Hyperparameters) -> None:
+    """softplus(dt_bias) log-uniform in [1e-3, 1e-1], as in Mamba-2 and fla."""
+    dt = torch.empty_like(w).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+    w.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+
+
+# the first rule that matches a parameter's name decides its optimizer, its precision and its start
+PARAM_RULES = [ParamRule(*rule) for rule in (
+    (r"tok_emb\.weight$", "embed", lambda w, hp: w.normal_(std=hp.tied_embed_init_std)),
+    # zero rows under a non-zero projection: an n-gram never seen adds nothing, and both factors can learn
+    (r"ngram\.table$", "embed", lambda w, hp: w.zero_()),
+    (r"ngram\.proj\.weight$", "matrix", lambda w, hp: nn.init.orthogonal_(w)),
+    (r"(o|down)_proj\.weight$", "matrix", lambda w, hp: w.zero_()),
+    (r"(q|k|v|g|up)_proj\.weight$", "matrix", lambda w, hp: nn.init.orthogonal_(w)),
+    (r"(a|b)_proj\.weight$", "scalar", lambda w, hp: w.uniform_(-w.shape[1] ** -0.5, w.shape[1] ** -0.5)),
+    (r"conv1d\.weight$", "scalar", lambda w, hp: w.uniform_(-0.5, 0.5)),
+    (r"A_log$", "scalar", lambda w, hp: w.uniform_(1, 16).log_()),
+    (r"dt_bias$", "scalar", init_log_uniform_dt),
+    (r"q_gain$", "scalar", lambda w, hp: w.fill_(hp.qk_gain_init)),
+    (r"resid_mix$", "scalar", lambda w, hp: w.copy_(torch.tensor([[1.0], [0.0]]))),
+    (r"(_scale|o_norm)$", "scalar", lambda w, hp: w.fill_(1.0)),
+    # zero gate and zero weight of the previous token: the identity at the start, and the weight has a gradient
+    (r"smear_(gate|lambda)$", "scalar", lambda w, hp: w.zero_()),
+)]
+
+
+def param_rule(name: str) -> ParamRule:
+    """Raises: LookupError for a parameter that no rule names."""
+    for rule in PARAM_RULES:
+        if re.search(rule.pattern, name):
+            return rule
+    raise LookupError(f"parameter {name} matches no rule in PARAM_RULES")
+
+
+@torch.no_grad()
+def init_weights(model: GPT) -> None:
+    for name, p in model.named_parameters():
+        param_rule(name).init(p, model.hp)
+
+# -----------------------------------------------------------------------------
+# 7. Muon and AdamW
+
+# optimal_composition(l=1e-3, num_iters=5, safety_factor=2e-2, cushion=2) of the Polar Express paper, arXiv:2505.16932
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def polar_express(G: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrices, nearly: singular values in [1e-3, 1] of the norm go to [0.859, 1.141].
+
+    G: [..., rows, cols]. Steps after the fifth repeat the last tuple. Returns G's shape, in COMPUTE_DTYPE.
+    """
+    X = G.to(COMPUTE_DTYPE)
+    if G.shape[-2] > G.shape[-1]:
+        X = X.mT
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in (POLAR_EXPRESS + POLAR_EXPRESS[-1:] * max(0, steps - 5))[:steps]:
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return X.mT if G.shape[-2] > G.shape[-1] else X
+
+
+class Muon:
+    """Owns every parameter: Muon (arXiv:2502.16982) for the matrices, AdamW for the rest. No DDP: it reduces gradients.
+
+    Matrices of a shape are stacked; each rank orthogonalises its share of the stack and the updates are gathered.
+    """
+
+    def __init__(self, model: nn.Module, hp: Hyperparameters):
+        self.hp = hp
+        kinds: dict[str, list[Tensor]] = {"matrix": [], "embed": [], "scalar": []}
+        for name, p in model.named_parameters():
+            kinds[param_rule(name).kind].append(p)
+        self.adam_params = kinds["embed"] + kinds["scalar"]
+        self.adamw = torch.optim.AdamW(
+            [dict(params=kinds["embed"], lr=hp.tied_embed_lr, weight_decay=hp.embed_wd),
+             dict(params=kinds["scalar"], lr=hp.scalar_lr, weight_decay=0.0)],
+            betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=DEVICE.type == "cuda")
+        self.base_lrs = [group["lr"] for group in self.adamw.param_groups]
+        self.stacks: dict[tuple[int, int], list[Tensor]] = collections.defaultdict(list)
+        for p in kinds["matrix"]:
+            self.stacks[tuple(p.shape)].append(p)
+        self.momentum = {shape: torch.zeros(self.share(ps), *shape, device=DEVICE) for shape, ps in self.stacks.items()}
+
+    @staticmethod
+    def share(params: list[Tensor]) -> int:
+        """Matrices of a stack per rank."""
+        return -(-len(params) // WORLD_SIZE)
+
+    @torch.no_grad()
+    def reduce_gradients(self) -> tuple[dict, Tensor]:
+        """Averages over ranks, clips. Returns the stacked matrix gradients and the norm before clipping."""
+        flat = torch.cat([p.grad.flatten() for p in self.adam_params])
+        stacks = {shape: torch.stack([p.grad for p in params]) for shape, params in self.stacks.items()}
+        for grads in (flat, *stacks.values()):
+            all_reduce(grads).div_(WORLD_SIZE)
+        grad_norm = torch.stack([grads.norm() for grads in (flat, *stacks.values())]).norm()
+        if self.hp.grad_clip_norm:
+            for grads in (flat, *stacks.values()):
+                grads.mul_((self.hp.grad_clip_norm / (grad_norm + 1e-6)).clamp(max=1.0))
+        for p, grad in zip(self.adam_params, flat.split([p.numel() for p in self.adam_params]), strict=True):
+            p.grad.copy_(grad.view_as(p))
+        return stacks, grad_norm
+
+    @torch.no_grad()
+    def step(self, lr_multiplier: float, momentum: float) -> Tensor:
+        """One update from the gradients in .grad, which it clears. Returns the gradient norm before clipping."""
+        stacks, grad_norm = self.reduce_gradients()
+        for group, lr in zip(self.adamw.param_groups, self.base_lrs, strict=True):
+            group["lr"] = lr * lr_multiplier
+        self.adamw.step()
+        lr = self.hp.matrix_lr * lr_multiplier
+        for shape, params in self.stacks.items():
+            update = self.orthogonal_update(stacks[shape], self.momentum[shape], momentum)
+            torch._foreach_mul_(params, 1 - lr * self.hp.muon_wd)
+            torch._foreach_add_(params, update[: len(params)].float().unbind(), alpha=-lr)
+        for p in (*self.adam_params, *(p for params in self.stacks.values() for p in params)):
+            p.grad = None
+        return grad_norm
+
+    def orthogonal_update(self, grads: Tensor, buffer: Tensor, momentum: float) -> Tensor:
+        """grads: [n, rows, cols], averaged. Updates this rank's momentum, gathers all updates: [>= n, ...]."""
+        share, (rows, cols) = len(buffer), grads.shape[1:]
+        grads = F.pad(grads, (0, 0, 0, 0, 0, share * WORLD_SIZE - len(grads)))[RANK * share :][:share]
+        buffer.mul_(momentum).add_(grads)
+        update = grads + momentum * buffer  # Nesterov
+        update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)  # MuonEq-R: rows of equal length first
+        update = polar_express(update, self.hp.muon_backend_steps) * max(1, rows / cols) ** 0.5
+        if WORLD_SIZE == 1:
+            return update
+        gathered = update.new_empty(share * WORLD_SIZE, rows, cols)
+        dist.all_gather_into_tensor(gathered, update.contiguous())
+        return gathered
+
+    def state_dict(self) -> dict:
+        return dict(adamw=self.adamw.state_dict(), momentum=list(self.momentum.values()))
+
+    def load_state_dict(self, state: dict) -> None:
+        self.adamw.load_state_dict(state["adamw"])
+        for buffer, saved in zip(self.momentum.values(), state["momentum"], strict=True):
+            buffer.copy_(saved)
+
+
+# -----------------------------------------------------------------------------
+# 8. Schedules, averaging, checkpoints
+#
+# Every schedule is a function of progress in [0, 1]: of the clock or of ITERATIONS, whichever is further.
+
+
+def train_budget(hp: Hyperparameters) -> float:
+    """Seconds for optimizer steps; what is left of MAX_WALLCLOCK_SECONDS is for the Hessians."""
+    return hp.max_wallclock_seconds - hp.gptq_reserve_seconds if hp.max_wallclock_seconds > 0 else math.inf
+
+
+def training_progress(hp: Hyperparameters, step: int, seconds: float) -> float:
+    return min(1.0, max(step / hp.iterations, seconds / train_budget(hp)))
+
+
+def lr_multiplier(hp: Hyperparameters, progress: float) -> float:
+    """1, then linear to 0 over the last WARMDOWN_FRAC, but not below MIN_LR."""
+    remaining = 1.0 - progress
+    return max(remaining / hp.warmdown_frac, hp.min_lr) if remaining < hp.warmdown_frac else 1.0
+
+
+def muon_momentum(hp: Hyperparameters, progress: float) -> float:
+    ramp = min(1.0, progress / hp.muon_momentum_warmup_frac) if hp.muon_momentum_warmup_frac else 1.0
+    return hp.muon_momentum_warmup_start + ramp * (hp.muon_momentum - hp.muon_momentum_warmup_start)
+
+
+class Ema:
+    """Exponential moving average of the weights, float32; the decay ramps up so that the start is forgotten."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.params, self.decay = list(model.parameters()), decay
+        self.average = [p.detach().clone() for p in self.params]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.average, self.params, 1 - decay)
+
+    @torch.no_grad()
+    def apply(self) -> float:
+        """Puts the average into the model. Returns its distance from the raw weights, relative to their norm."""
+        distance = torch._foreach_norm(torch._foreach_sub(self.average, self.params))
+        size = torch._foreach_norm(self.params)
+        torch._foreach_copy_(self.params, self.average)
+        return (torch.stack(distance).norm() / torch.stack(size).norm()).item()
+
+
+def save_checkpoint(hp: Hyperparameters, model, optimizer: Muon, ema: Ema, **progress) -> None:
+    """progress: step, seconds, position. One file a rank; all appear whole and together, or not at all."""
+    path = f"{hp.checkpoint}.rank{RANK}of{WORLD_SIZE}.pt"
+    torch.save(dict(config=config_of(hp), model=model.state_dict(), optimizer=optimizer.state_dict(),
+                    average=ema.average, progress=progress), path + ".tmp")
+    all_reduce(torch.zeros(1, device=DEVICE))  # every rank has written
+    os.replace(path + ".tmp", path)
+
+
+def load_checkpoint(hp: Hyperparameters, model, optimizer: Muon, ema: Ema) -> dict:
+    """Returns the progress. Raises: FileNotFoundError, or ValueError naming what differs from the run that wrote it."""
+    path = f"{hp.checkpoint}.rank{RANK}of{WORLD_SIZE}.pt"
+    state = torch.load(path, map_location=DEVICE, weights_only=True)
+    if differ := [k.upper() for k, v in config_of(hp).items() if state["config"].get(k) != v]:
+        raise ValueError(f"RESUME=1: {path} was written with other values of {', '.join(differ)}")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch._foreach_copy_(ema.average, state["average"])
+    return state["progress"]
+
+
+# -----------------------------------------------------------------------------
+# 9. GPTQ
+
+
+def collect_hessians(model: GPT, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """X^T X of every matrix's input over `batches`, float32 [cols, cols], summed over ranks, by parameter name.
+
+    The n-gram table is looked up, not multiplied: the error of its rows reaches the model through the projection P,
+    so its quadratic form is P^T P.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    hessians = {}
+
+    def hook(module, inputs, _):
+        X = inputs[0].flatten(0, -2).float()
+        name = names[id(module.weight)]
+        hessians[name] = hessians.get(name, 0) + X.mT @ X
+
+    linears = [m for m in model.modules() if isinstance(m, Linear) and param_rule(names[id(m.weight)]).kind != "scalar"]
+    handles = [module.register_forward_hook(hook) for module in linears]
+    with torch.no_grad():
+        for x, _ in batches:
+            model(x)
+    for handle in handles:
+        handle.remove()
+    for hessian in hessians.values():
+        all_reduce(hessian)
+    if model.ngram is not None:
+        P = model.ngram.proj.weight.detach()
+        hessians["ngram.table"] = P.mT @ P
+    return hessians
+
+
+def gptq_quantize(W: Tensor, H: Tensor, bits: int, clip_sigmas: float) -> tuple[Tensor, Tensor]:
+    """GPTQ (arXiv:2210.17323) with activation order; scale of a row = clip_sigmas * std / qmax (SDClip).
+
+    W: [rows, cols] float32. H: [cols, cols], X^T X of the inputs. With the identity this is round-to-nearest.
+    Returns q: int8 [rows, cols] in [-qmax, qmax], scale: float16 [rows]; W is about q * scale.
+    """
+    qmax = 2 ** (bits - 1) - 1
+    scale = (clip_sigmas * W.std(dim=1) / qmax).clamp_min(2**-24).half()  # rounded first: the loader sees float16
+    s = scale.float().unsqueeze(1)
+    W, H = W.clone(), H.float().clone()
+    diag = H.diagonal()
+    dead = diag == 0
+    diag[dead] = 1.0
+    W[:, dead] = 0.0
+    order = diag.argsort(descending=True)
+    W, H = W[:, order], H[order][:, order]
+    H.diagonal().add_(0.01 * H.diagonal().mean())  # damping keeps the factorisation stable
+    Hinv = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+    Q = torch.empty_like(W)
+    for i in range(0, W.shape[1], 128):
+        block, Hblock = W[:, i : i + 128], Hinv[i : i + 128, i : i + 128]
+        Err = torch.empty_like(block)
+        for j in range(block.shape[1]):
+            w = block[:, j : j + 1]
+            Q[:, i + j : i + j + 1] = q = (w / s).round().clamp(-qmax, qmax)
+            Err[:, j : j + 1] = err = (w - q * s) / Hblock[j, j]
+            block[:, j + 1 :] -= err * Hblock[j, j + 1 :]
+        W[:, i + 128 :] -= Err @ Hinv[i : i + 128, i + 128 :]
+    return Q[:, order.argsort()].to(torch.int8), scale
+
+
+@torch.no_grad()
+def quantize(model: GPT, hp: Hyperparameters, hessians: dict[str, Tensor] | None = None) -> dict:
+    """(q, scale) of every matrix and embedding by name; without Hessians by rounding to nearest.
+
+    Raises: KeyError for a matrix that has no Hessian.
+    """
+    precision = {"matrix": (hp.matrix_bits, hp.matrix_clip_sigmas), "embed": (hp.embed_bits, hp.embed_clip_sigmas)}
+    quantized = {}
+    for name, p in model.named_parameters():
+        if (kind := param_rule(name).kind) in precision:
+            W = p.detach().float()
+            H = hessians[name] if hessians is not None else torch.eye(W.shape[1], device=W.device)
+            quantized[name] = gptq_quantize(W, H, *precision[kind])
+    return quantized
+
+
+@torch.no_grad()
+def dequantized(model: GPT, quantized: dict) -> GPT:
+    """A copy of the model with the weights that the artifact will hold."""
+    copied = copy.deepcopy(model)
+    for name, p in copied.named_parameters():
+        p.copy_(dequantize(*quantized[name]) if name in quantized else p.half())
+    return copied
+
+
+def dequantize(q: Tensor, scale: Tensor) -> Tensor:
+    return q.float() * scale.float().unsqueeze(1)
+
+
+# -----------------------------------------------------------------------------
+# 10. Packing
+#
+# Artifact = ARTIFACT_HEADER, then one compressed body: length of a JSON text, the JSON (format, hyperparameters, tensor
+# table), int8 values of the quantized tensors, then all float16 values (scales and the rest), low bytes before high
+# bytes. Data only: nothing in it is executed.
+
+ARTIFACT_MAGIC = b"GDNSWA16"
+ARTIFACT_HEADER = struct.Struct("<8s4sQQ32s")  # magic, codec, compressed bytes, body bytes, sha256 of the compressed
+MAX_BODY_BYTES = 1 << 30
+CODECS = {  # compress(bytes), decompress(bytes, size)
+    "brotli": (lambda body: brotli.compress(body, quality=11, lgwin=24),
+               lambda data, size: brotli.Decompressor().process(data, output_buffer_limit=size + 1)),
+    "zstd": (lambda body: zstandard.ZstdCompressor(level=22).compress(body),
+             lambda data, size: zstandard.ZstdDecompressor().decompress(data, max_output_size=size)),
+}
+
+
+def tensor_table(model: GPT) -> list[list]:
+    """[name, shape, quantized?] of every tensor of an artifact, in its order; shared weights stand once."""
+    return [[name, list(p.shape), param_rule(name).kind != "scalar"] for name, p in model.named_parameters()]
+
+
+def save_artifact(path, model: GPT, hp: Hyperparameters, quantized: dict | None = None) -> int:
+    """Packs the model; `quantized` as from `quantize`, None = round to nearest. Returns the file's bytes."""
+    quantized = quantize(model, hp) if quantized is None else quantized
+    table = tensor_table(model)
+    head = json.dumps(dict(format=1, config=config_of(hp), tensors=table), separators=(",", ":")).encode()
+    params = dict(model.named_parameters())
+    ints = [quantized[name][0] for name, _, is_int in table if is_int]
+    halves = [quantized[name][1] if is_int else params[name].detach().half() for name, _, is_int in table]
+    half_bytes = np.concatenate([h.cpu().flatten().numpy() for h in halves]).view(np.uint8)
+    body = b"".join([struct.pack("<I", len(head)), head, *(q.cpu().numpy().tobytes() for q in ints),
+                     half_bytes[0::2].tobytes(), half_bytes[1::2].tobytes()])
+    data = CODECS[hp.compressor][0](body)
+    header = ARTIFACT_HEADER.pack(ARTIFACT_MAGIC, hp.compressor[:4].encode(), len(data), len(body),
+                                  hashlib.sha256(data).digest())
+    Path(f"{path}.tmp").write_bytes(header + data)
+    os.replace(f"{path}.tmp", path)
+    return os.path.getsize(path)
+
+
+def load_artifact(path, device) -> tuple[GPT, Hyperparameters]:
+    """A fresh model with the artifact's weights, and the hyperparameters it was trained with.
+
+    Raises: FileNotFoundError, or ValueError naming the file and what is wrong with it.
+    """
+    raw = Path(path).read_bytes()
+    if len(raw) < ARTIFACT_HEADER.size or not raw.startswith(ARTIFACT_MAGIC):
+        raise ValueError(f"{path}: not an artifact of this program (no {ARTIFACT_MAGIC!r} at its start)")
+    _, codec, size, body_size, digest = ARTIFACT_HEADER.unpack_from(raw)
+    data = raw[ARTIFACT_HEADER.size :]
+    names = [name for name in CODECS if name[:4].encode() == codec]
+    if len(data) != size or hashlib.sha256(data).digest() != digest or not names or body_size > MAX_BODY_BYTES:
+        raise ValueError(f"{path}: damaged: {len(data)} bytes of data, expected {size} with their sha256")
+    try:
+        body = CODECS[names[0]][1](data, body_size)
+        end = 4 + struct.unpack_from("<I", body)[0]
+        head = json.loads(body[4:end])
+        hp = Hyperparameters(**head["config"])
+        hp.validate()
+    except (struct.error, ValueError, KeyError, TypeError, brotli.error, zstandard.ZstdError) as error:
+        raise ValueError(f"{path}: damaged: {error}") from None
+    model = GPT(hp)
+    table = tensor_table(model)
+    ints = [math.prod(shape) for _, shape, is_int in table if is_int]
+    halves = [shape[0] if is_int else math.prod(shape) for _, shape, is_int in table]
+    if head["tensors"] != table or len(body) != body_size or body_size != end + sum(ints) + 2 * sum(halves):
+        raise ValueError(f"{path}: its tensors are not those of the model it describes")
+    q = iter(torch.frombuffer(bytearray(body[end : end + sum(ints)]), dtype=torch.int8).split(ints))
+    half_bytes = np.frombuffer(body, dtype=np.uint8, offset=end + sum(ints)).reshape(2, -1).T.copy()
+    h = iter(torch.from_numpy(half_bytes).view(torch.float16).flatten().split(halves))
+    with torch.no_grad():
+        for (_, shape, is_int), p in zip(table, model.parameters(), strict=True):
+            p.copy_(dequantize(next(q).view(shape), next(h)) if is_int else next(h).view(shape))
+    return model.to(device), hp
+
+
+# -----------------------------------------------------------------------------
+# 11. Evaluation
+
+
+def windows(num_targets: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
+    """(start, end, first) of each window: it reads tokens start .. end-1 and scores targets first .. end-1.
+
+    Target i is token i+1. All windows have the same length; each target is scored once, with at least
+    seq_len - stride tokens before it, except in the first window.
+    """
+    end = min(seq_len, num_targets)
+    plan = [(0, end, 0)]
+    while end < num_targets:
+        first, end = end, min(end + stride, num_targets)
+        plan.append((end - seq_len, end, first))
+    return plan
+
+
+@torch.no_grad()
+def score(nats_of, tokens: Tensor, hp: Hyperparameters, stride: int) -> Tensor:
+    """-ln p of every target tokens[1:], float64 [N-1], each exactly once, the same on any number of ranks.
+
+    nats_of: (x [B, T], y [B, T]) -> [B, T], as token_nats with its model. tokens: int64 [N] on DEVICE.
+    """
+    num_targets = len(tokens) - 1
+    nats = torch.zeros(num_targets, dtype=torch.float64, device=tokens.device)
+    count = torch.zeros(num_targets, dtype=torch.int32, device=tokens.device)
+    plan = torch.tensor(windows(num_targets, hp.eval_seq_len, stride), device=tokens.device)
+    length = min(hp.eval_seq_len, num_targets)
+    rows = max(1, hp.val_batch_size // length)
+    for i in range(RANK * rows, len(plan), WORLD_SIZE * rows):
+        batch = plan[i : i + rows]
+        index = batch[:, :1] + torch.arange(length, device=tokens.device)
+        scored = index >= batch[:, 2:]
+        full = F.pad(index, (0, 0, 0, rows - len(index)))  # one shape, one graph
+        out = nats_of(tokens[full], tokens[full + 1])[: len(index)]
+        nats[index[scored]] = out[scored].double()
+        count.index_add_(0, index[scored], torch.ones_like(index[scored], dtype=torch.int32))
+    all_reduce(nats)  # every target is zero on all ranks but one: the sum is exact
+    assert (all_reduce(count) == 1).all(), "a validation target was not scored exactly once"
+    return nats
+
+
+class Validation:
+    """The validation split: its tokens, the bytes of its targets, and bits per byte from their nats."""
+
+    def __init__(self, hp: Hyperparameters):
+        stream = TokenStream(hp.data_path, "val", hp.vocab_size)
+        if len(stream) < 2:
+            raise ValueError(f"{stream.paths[0]}: {len(stream)} tokens, expected at least 2")
+        self.paths = stream.paths
+        self.tokens = stream.read(0, len(stream)).to(DEVICE)
+        self.sp = spm.SentencePieceProcessor(model_file=hp.tokenizer_path)
+        luts = build_sentencepiece_luts(self.sp, hp.vocab_size, DEVICE)
+        self.target_bytes = token_bytes(luts, self.tokens[:-1], self.tokens[1:])
+        self.bytes = self.target_bytes.sum(dtype=torch.int64).item()
+        self.documents = (self.tokens == BOS_ID).sum().item()
+
+    @property
+    def is_official(self) -> bool:
+        """The first 50,000 FineWeb documents, 151.02 to 151.09 million bytes under any of the tokenizers."""
+        return self.documents == 50_000 and 151_020_000 <= self.bytes <= 151_090_000
+
+    def loss_and_bpb(self, nats: Tensor) -> tuple[float, float]:
+        """Mean nats per token, and bits per byte, of all targets."""
+        total = nats.sum().item()
+        return total / len(nats), total / math.log(2) / self.bytes
+
+    def brotli_bpb(self) -> float:
+        """What brotli at its best needs for the same bytes: the least that a model must beat."""
+        ids = self.tokens.tolist()
+        starts = [i for i, token in enumerate(ids) if token == BOS_ID] + [len(ids)]
+        text = b"".join(self.sp.decode(ids[a:b]).encode() for a, b in zip(starts, starts[1:], strict=False))
+        assert len(text) == self.bytes, f"the byte table counts {self.bytes} bytes, the decoded text has {len(text)}"
+        return 8 * len(brotli.compress(text, quality=11, lgwin=24)) / len(text)
+
+# -----------------------------------------------------------------------------
+# 12. Training
+
+
+def scorer(model: GPT):
+    """(x, y) -> nats [B, T]; the one compiled function of training and scoring on CUDA, eager on a CPU."""
+
+    def nats_of(x, y):
+        return token_nats(model, x, y)
+
+    return torch.compile(nats_of, fullgraph=True, dynamic=False) if DEVICE.type == "cuda" else nats_of
+
+
+def timing_of(step: int, seconds: float) -> str:
+    return f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
+
+
+def validate(hp: Hyperparameters, nats_of, validation: Validation, label: str, stride=0, timing="") -> dict:
+    """Scores and logs `label val_loss:.. val_bpb:..`; without a stride, in windows that do not overlap."""
+    start = time.perf_counter()
+    nats = score(nats_of, validation.tokens, hp, stride or hp.eval_seq_len)
+    loss, bpb = validation.loss_and_bpb(nats)
+    seconds = time.perf_counter() - start
+    log.info(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {timing or f'eval_time:{1000 * seconds:.0f}ms'}")
+    return dict(val_loss=loss, val_bpb=bpb, eval_seconds=seconds, nats=nats)
+
+
+def warm_up(hp: Hyperparameters, model: GPT, nats_of) -> None:
+    """Compiles every kernel and graph on random tokens, outside the clock, then puts the weights back."""
+    saved = copy.deepcopy(model.state_dict())
+    optimizer = Muon(model, hp)  # thrown away, with its state
+    micro_steps = grad_accum_steps(hp)
+    shape = (hp.train_batch_tokens // (micro_steps * WORLD_SIZE * hp.train_seq_len), hp.train_seq_len)
+    for step in range(1, hp.warmup_steps + 1):
+        for _ in range(micro_steps):
+            x, y = (torch.randint(hp.vocab_size, shape, device=DEVICE) for _ in range(2))
+            (nats_of(x, y).mean() / micro_steps).backward()
+        optimizer.step(1.0, hp.muon_momentum)
+        log.info(f"warmup_step:{step}/{hp.warmup_steps}")
+    model.load_state_dict(saved)
+
+
+def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Validation) -> dict:
+    """Trains inside the budget, leaves the averaged weights in the model and returns the Hessians and the figures.
+
+    Raises: FloatingPointError when the loss is not finite, before anything is written.
+    """
+    log.info(f"train_loader:dataset:{os.path.basename(os.path.normpath(hp.data_path))} "
+             f"train_shards:{len(stream.paths)} tokens:{len(stream)} grad_accum_steps:{grad_accum_steps(hp)}")
+    nats_of = scorer(model)
+    warm_up(hp, model, nats_of)
+    optimizer, ema = Muon(model, hp), Ema(model, hp.ema_decay)
+    step, seconds, position = 0, 0.0, 0
+    if hp.resume:
+        step, seconds, position = load_checkpoint(hp, model, optimizer, ema).values()
+        log.info(f"resumed step:{step}/{hp.iterations} train_time:{1000 * seconds:.0f}ms position:{position}")
+    loader = TrainLoader(stream, hp, position)
+    if hp.max_wallclock_seconds > 0:
+        log.info(f"gptq:reserving {hp.gptq_reserve_seconds:g}s, effective={1000 * train_budget(hp):.0f}ms")
+    recent = collections.deque(maxlen=10)  # seconds of the last steps: the next one must fit into the budget
+    progress = 0.0
+    start = time.perf_counter() - seconds  # moved forward by what does not count; every step ends in sync with the GPU
+    while True:
+        # all ranks follow the slowest one's clock, or they would stop, and anneal, at different steps
+        seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=DEVICE)
+        seconds = all_reduce(seconds, dist.ReduceOp.MAX).item()
+        out_of_time = seconds + max(recent, default=0.0) > train_budget(hp)
+        last = step >= hp.iterations or out_of_time
+        if last or (hp.val_loss_every and step % hp.val_loss_every == 0):
+            paused = time.perf_counter()
+            raw = validate(hp, nats_of, validation, f"step:{step}/{hp.iterations}", timing=timing_of(step, seconds))
+            start += time.perf_counter() - paused
+        if last:
+            break
+
+        progress = training_progress(hp, step, seconds)
+        loss = torch.zeros((), device=DEVICE)
+        for x, y in (batch := loader.next()):
+            micro_loss = nats_of(x, y).mean() / len(batch)
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        grad_norm = optimizer.step(lr_multiplier(hp, progress), muon_momentum(hp, progress))
+        ema.update(step)
+        step += 1
+
+        loss = all_reduce(loss).item() / WORLD_SIZE
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            raise FloatingPointError(f"step {step}: train_loss {loss}, gradient norm {grad_norm:g}; nothing was saved")
+        now = time.perf_counter() - start
+        recent.append(now - seconds)
+        if step <= 10 or step % hp.train_log_every == 0:
+            log.info(f"step:{step}/{hp.iterations} train_loss:{loss:.4f} {timing_of(step, now)}")
+        if hp.checkpoint_every and step % hp.checkpoint_every == 0:
+            save_checkpoint(hp, model, optimizer, ema, step=step, seconds=now, position=loader.position)
+
+    if out_of_time:
+        log.info(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{hp.iterations}")
+    floor, distance = lr_multiplier(hp, progress), ema.apply()
+    hessians = collect_hessians(model, [pair for _ in range(hp.gptq_calibration_batches) for pair in loader.next()])
+    loader.close()  # from here on there is no training data
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        log.info(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
+                 f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB")
+    total = time.perf_counter() - start
+    log.info(f"ema:applied distance:{distance:.4f} lr_multiplier_at_stop:{floor:.4f}")
+    log.info(f"gptq:collected {len(hessians)} Hessians train+hessians:{1000 * total:.0f}ms")
+    return dict(hessians=hessians, step_stop=step, wallclock_seconds=round(total, 3), raw_val_bpb=raw["val_bpb"])
+
+
+# -----------------------------------------------------------------------------
+# 13. Main
+
+
+def pack(hp: Hyperparameters, model: GPT, validation: Validation, hessians: dict) -> dict:
+    """Scores the averaged weights, quantizes them with GPTQ, writes the artifact. Returns the figures."""
+    ema = validate(hp, scorer(model), validation, "diagnostic pre-quantization post-ema")
+    start = time.perf_counter()
+    quantized = quantize(model, hp, hessians)
+    fraction = sum(name in hessians for name in quantized) / len(quantized)
+    log.info(f"gptq:quantized {len(quantized)} tensors hessian_fraction:{fraction:.4f} "
+             f"time:{1000 * (time.perf_counter() - start):.0f}ms")
+    rtn = validate(hp, scorer(dequantized(model, quantize(model, hp))), validation, "diagnostic round-to-nearest")
+    if RANK == 0:
+        save_artifact(hp.artifact, model, hp, quantized)
+    all_reduce(torch.zeros(1, device=DEVICE))  # no rank goes on before it is written
+    return dict(pre_quant_val_bpb=ema["val_bpb"], rtn_val_bpb=rtn["val_bpb"])
+
+
+def log_sizes(hp: Hyperparameters) -> dict:
+    """Artifact plus this file as they lie on disk. Raises: ValueError over the cap; the artifact is kept."""
+    label = f"int{hp.matrix_bits}+{hp.compressor}"
+    code, model = os.path.getsize(__file__), os.path.getsize(hp.artifact)
+    log.info(f"Code size: {code} bytes")
+    log.info(f"Serialized model {label}: {model} bytes")
+    log.info(f"Total submission size {label}: {code + model} bytes")
+    if code + model > SIZE_LIMIT:
+        raise ValueError(f"{hp.artifact}: {model} bytes and {code} bytes of code, over the cap of {SIZE_LIMIT}")
+    return dict(bytes_code=code, bytes_model=model, bytes_total=code + model)
+
+
+def evaluate(hp: Hyperparameters, validation: Validation) -> dict:
+    """Scores the artifact as it lies on disk, in a fresh model; the sliding window is the number that counts."""
+    model, _ = load_artifact(hp.artifact, DEVICE)
+    nats_of = scorer(model)
+    for name, stride in ("roundtrip", hp.eval_seq_len), ("sliding_window", hp.eval_stride):
+        name = f"final_int{hp.matrix_bits}_{name}"
+        final = validate(hp, nats_of, validation, name, stride)
+        log.info(f"{name}_exact val_loss:{final['val_loss']:.8f} val_bpb:{final['val_bpb']:.8f}")
+    if hp.scores and RANK == 0:
+        np.savez(hp.scores, nats=final["nats"].cpu().numpy(), bytes=validation.target_bytes.cpu().numpy(),
+                 position=np.arange(1, len(validation.tokens)))
+    return final
+
+
+def write_submission(hp: Hyperparameters, validation: Validation, figures: dict, final: dict) -> None:
+    """submission.json: val_bpb only for the official validation split; other text is named beside its own number."""
+    official = validation.is_official
+    score = {name: final[name] for name in ("val_bpb", "val_loss")}
+    score["pre_quant_val_bpb"] = figures.pop("pre_quant_val_bpb")
+    own_text = dict(data_path=hp.data_path, documents=validation.documents, bytes=validation.bytes, **score)
+    submission = dict(
+        author=hp.author or None, github_id=hp.github_id or None, name="Gated DeltaNet / sliding-window hybrid",
+        date=time.strftime("%Y-%m-%d", time.gmtime()), track="10min_16mb", preset=hp.preset, run_id=hp.run_id,
+        seed=hp.seed, hardware=f"{WORLD_SIZE}x{torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'}",
+        pytorch_version=torch.__version__, **(score if official else dict.fromkeys(score)),
+        own_text=None if official else own_text, eval_time_seconds=round(final["eval_seconds"], 3), **figures)
+    Path("submission.json").write_text(json.dumps(submission, indent=2) + "\n")
+
+
+def log_setup(hp: Hyperparameters, model: GPT, validation: Validation) -> None:
+    for name, value in asdict(hp).items():
+        log.info(f"  {name}: {value}")
+    log.info(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={hp.tokenizer_path}")
+    log.info(f"val_loader:shards:{len(validation.paths)} tokens:{len(validation.target_bytes)} "
+             f"documents:{validation.documents} bytes:{validation.bytes} official:{validation.is_official}")
+    if validation.bytes <= 1 << 23:  # seconds; on the official split it would be minutes
+        log.info(f"reference brotli-11 val_bpb:{validation.brotli_bpb():.4f}")
+    log.info(f"model_params:{sum(p.numel() for p in model.parameters())}")
+    log.info(f"world_size:{WORLD_SIZE} device:{DEVICE.type} dtype:{COMPUTE_DTYPE}")
+
+
+def main() -> None:
+    hp = Hyperparameters.from_env(os.environ)
+    init_ranks()
+    init_log(hp)
+    torch.manual_seed(hp.seed)
+    torch.set_float32_matmul_precision("highest")  # no TF32: products are bfloat16, or float32 for a reason
+    if hp.eval_only:
+        model, saved = load_artifact(hp.artifact, DEVICE)
+        saved.run_id = hp.run_id
+        hp = Hyperparameters.from_env(os.environ, base=saved)
+        validation = Validation(hp)
+        log_setup(hp, model, validation)
+        log_sizes(hp)
+        evaluate(hp, validation)
+    else:
+        stream, validation = TokenStream(hp.data_path, "train", hp.vocab_size), Validation(hp)
+        model = GPT(hp).to(DEVICE)
+        log_setup(hp, model, validation)
+        figures = train(hp, model, stream, validation)
+        figures |= pack(hp, model, validation, figures.pop("hessians"))
+        figures |= log_sizes(hp)
+        final = evaluate(hp, validation)
+        if RANK == 0:
+            write_submission(hp, validation, figures, final)
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
