@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# ./run.sh        set up, get data, then train, quantize, pack, reload and score
+# ./run.sh test   set up, then run the tests
+#
+# Every hyperparameter is an environment variable (MAX_WALLCLOCK_SECONDS=60 ./run.sh). Without a GPU the preset is
+# `demo`, on text that needs no network. DATA_PATH, if set, is taken as it is; NPROC overrides the number of processes.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+# a stamp of the requirements marks a finished installation: nothing is installed twice, nor left half done
+venv=${VENV:-.venv}
+wanted=$(cat requirements.txt tests/requirements.txt)
+if [ "$(cat "$venv/installed.txt" 2>/dev/null)" != "$wanted" ]; then
+    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+    "${PYTHON:-python3}" -m venv "$venv"
+    "$venv/bin/python" -m pip install --disable-pip-version-check --quiet -r requirements.txt -r tests/requirements.txt
+    printf '%s' "$wanted" >"$venv/installed.txt"
+fi
+python=$venv/bin/python
+
+if [ "${1:-}" = test ]; then
+    "$python" -m ruff check .
+    exec "$python" -m pytest "${@:2}"
+elif [ $# -gt 0 ]; then
+    echo "usage: ./run.sh [test [pytest arguments]]; settings are environment variables" >&2
+    exit 2
+fi
+
+gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+if [ "$gpus" = 0 ]; then
+    export PRESET=${PRESET:-demo}
+    # keep freed memory: on a CPU, half of a step can go into page faults otherwise (glibc; ignored elsewhere)
+    export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-100000000000}
+fi
+if [ -z "${DATA_PATH:-}" ]; then
+    # both return at once if what they make is already complete
+    if [ "${PRESET:-record}" = demo ]; then "$python" data/prepare.py --demo
+    else "$python" data/prepare.py --variant sp1024
+    fi
+fi
+nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
+exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" train_gpt.py
