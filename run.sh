@@ -33,10 +33,9 @@ if [ "$gpus" = 0 ]; then
     export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-100000000000}
 fi
 if [ -z "${DATA_PATH:-}" ]; then
-    # both return at once if what they make is already complete
-    if [ "${PRESET:-record}" = demo ]; then "$python" data/prepare.py --demo
-    else "$python" data/prepare.py --variant sp1024
-    fi
+    # stats.json is written last: a folder without it is not complete, and prepare.py goes on where it stopped
+    if [ "${PRESET:-record}" = demo ]; then dataset=demo source=--demo; else dataset=fineweb10B_sp1024 source="--variant sp1024"; fi
+    [ -e "data/datasets/$dataset/stats.json" ] || "$python" data/prepare.py $source
 fi
 nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
 exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" train_gpt.py

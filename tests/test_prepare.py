@@ -1,0 +1,464 @@
+"""data/prepare.py: shards, tokenizer, demo corpus, own text, and the download against a hub that is a folder."""
+
+import io
+import json
+import lzma
+import shutil
+import sys
+from pathlib import Path
+
+import brotli
+import huggingface_hub
+import numpy as np
+import pytest
+import sentencepiece as spm
+import zstandard
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
+import prepare  # noqa: E402
+
+
+def tokens_of(folder, split):
+    shards = sorted(folder.glob(f"fineweb_{split}_*.bin"))
+    return np.concatenate([np.fromfile(shard, dtype="<u2", offset=1024) for shard in shards])
+
+
+def documents_of(tokens):
+    """Ids of each document, without BOS."""
+    assert tokens[0] == prepare.BOS
+    return [ids[1:].tolist() for ids in np.split(tokens, np.flatnonzero(tokens == prepare.BOS)[1:])]
+
+
+def normalised(sp, text):
+    """nmt_nfkc as the model applies it, with real spaces."""
+    return sp.normalize(text).replace("\u2581", " ")
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.bin")}
+
+
+# -----------------------------------------------------------------------------
+# demo corpus
+
+
+@pytest.fixture(scope="session")
+def prose():
+    return prepare.installed_prose()
+
+
+@pytest.fixture(scope="session")
+def documents():
+    return prepare.demo_documents()
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    root = tmp_path_factory.mktemp("demo")
+    prepare.main(["--demo", "--output-root", str(root)])
+    return root
+
+
+@pytest.fixture(scope="session")
+def model(demo):
+    return demo / "tokenizers" / "demo_1024_bpe.model"
+
+
+def test_demo_documents_do_not_depend_on_file_order(prose, documents, monkeypatch):
+    monkeypatch.setattr(prepare, "installed_prose", lambda: dict(reversed(prose.items())))
+    assert prepare.demo_documents() == documents
+
+
+def test_demo_is_prose_of_a_useful_size(documents):
+    names, texts = zip(*documents, strict=True)
+    assert len(set(names)) == len(names)
+    assert not any(part in prepare.NOT_DEMO for name in names for part in name.split("/"))
+    assert min(len(text.encode()) for text in texts) >= prepare.DEMO_MIN_DOCUMENT_BYTES
+    assert "".join(texts).count(" the ") > 5_000
+
+
+def test_demo_train_and_val_share_no_paragraph(documents):
+    train, val = prepare.split_demo(documents)
+    assert train + val and set(train).isdisjoint(val)
+    paragraphs = [{" ".join(p.split()) for text in texts for p in text.split("\n\n")} for texts in (train, val)]
+    assert paragraphs[0].isdisjoint(paragraphs[1])
+    assert sum(len(text.encode()) for text in val) >= prepare.DEMO_VAL_BYTES
+
+
+def test_demo_refuses_a_stripped_installation(monkeypatch):
+    monkeypatch.setattr(prepare, "installed_prose", lambda: {"a.py": "word " * 1000})
+    with pytest.raises(ValueError, match="found 4,999 bytes .* needs 500,000"):
+        prepare.demo_documents()
+
+
+def test_demo_shards_spell_the_normalised_text(demo, model, documents):
+    sp = spm.SentencePieceProcessor(model_file=str(model))
+    for split, texts in zip(("train", "val"), prepare.split_demo(documents), strict=True):
+        stored = documents_of(tokens_of(demo / "datasets/demo", split))
+        assert len(stored) == len(texts)
+        for ids, text in zip(stored, texts, strict=True):
+            assert sp.decode(ids) == normalised(sp, text)
+
+
+def test_demo_figures_can_be_recomputed(demo, model):
+    sp = spm.SentencePieceProcessor(model_file=str(model))
+    folder = demo / "datasets/demo"
+    stats = json.loads((folder / "stats.json").read_text())
+    for split in ("train", "val"):
+        tokens = tokens_of(folder, split)
+        text = "".join(map(sp.decode, documents_of(tokens))).encode()
+        assert stats[split]["tokens"] == len(tokens)
+        assert stats[split]["documents"] == np.count_nonzero(tokens == prepare.BOS)
+        assert stats[split]["bytes"] == len(text)
+        assert stats[split]["bytes_per_token"] == pytest.approx(len(text) / len(tokens), abs=1e-4)
+    sizes = {"brotli-11": len(brotli.compress(text, quality=11, lgwin=24)),
+             "xz-9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))}
+    assert stats["val_compressor_bpb"] == {name: round(8 * size / len(text), 4) for name, size in sizes.items()}
+
+
+def test_demo_tokenizer_has_the_competition_settings(model, documents, tmp_path):
+    sp = prepare.load_tokenizer(model)
+    assert sp.vocab_size() == 1024
+    assert (sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id()) == (0, 1, 2, 3)
+    assert sum(sp.is_byte(i) for i in range(1024)) == 256
+    assert sp.encode("2024", out_type=str) == list("2024")
+    assert not sp.encode("the", out_type=str)[0].startswith("\u2581")
+    train, _ = prepare.split_demo(documents)
+    assert prepare.train_tokenizer(train, 1024, tmp_path / "again").read_bytes() == model.read_bytes()
+
+
+# -----------------------------------------------------------------------------
+# shards and tokenizer
+
+
+def test_shard_header_and_body(tmp_path):
+    path, tokens = tmp_path / "a.bin", np.array([1, 5, 65535, 256], dtype=np.uint16)
+    prepare.write_shard(path, tokens)
+    data = path.read_bytes()
+    assert data[:12] == (20240520).to_bytes(4, "little") + (1).to_bytes(4, "little") + (4).to_bytes(4, "little")
+    assert data[12:1024] == bytes(1012)
+    assert data[1024:] == b"\x01\x00\x05\x00\xff\xff\x00\x01"
+    assert prepare.verify_shard(path) == 4
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+@pytest.mark.parametrize("damage, found, expected", [
+    (lambda data: data[:-2], "found 1042 bytes", "expected 1044"),
+    (lambda data: data + b"\0", "found 1045 bytes", "expected 1044"),
+    (lambda data: data[:100], "found 100 bytes", "expected 1044"),
+    (lambda data: b"", "found magic 0, version 0", "expected 20240520, 1"),
+    (lambda data: b"<html>" + data[6:], "found magic 1836345404", "expected 20240520, 1"),
+    (lambda data: data[:4] + b"\2" + data[5:], "version 2", "expected 20240520, 1"),
+])
+def test_verify_shard_names_file_found_and_expected(tmp_path, damage, found, expected):
+    path = tmp_path / "fineweb_val_000000.bin"
+    prepare.write_shard(path, np.arange(10))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=f"{path.name}: .*{found}.*{expected}"):
+        prepare.verify_shard(path)
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 7, 10, 11, 1000])
+def test_documents_straddle_shards(tmp_path, shard_tokens):
+    documents = [[1, 5, 6, 7], [1], [1, *range(10, 30)], [1, 8]]
+    flat = [token for document in documents for token in document]
+    count = prepare.write_shards(tmp_path, "train", documents, shard_tokens, vocab_size=100)
+    sizes = [prepare.verify_shard(path) for path in sorted(tmp_path.iterdir())]
+    assert len(sizes) == count and set(sizes[:-1]) <= {shard_tokens}
+    assert tokens_of(tmp_path, "train").tolist() == flat
+
+
+def test_write_shards_refuses_ids_outside_the_vocabulary(tmp_path):
+    with pytest.raises(AssertionError):
+        prepare.write_shards(tmp_path, "train", [[1, 50]], 100, vocab_size=50)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    prepare.write_json(path, {"old": 1})
+    with pytest.raises(TypeError):
+        prepare.write_json(path, {"new": object()})
+    assert json.loads(path.read_text()) == {"old": 1}
+
+
+@pytest.mark.parametrize("text, options, message", [
+    ("abcabdacd" * 5, {}, "no piece for a lone space"),
+    ("a b c a b d", {"bos_id": 2, "eos_id": 1}, "found BOS id 2; expected 1"),
+])
+def test_unfit_tokenizers_are_refused(tmp_path, text, options, message):
+    stream = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter([text] * 20), model_writer=stream, model_type="bpe", vocab_size=270, byte_fallback=True,
+        hard_vocab_limit=False, add_dummy_prefix=False, pad_id=0, unk_id=3, minloglevel=2,
+        **{"bos_id": 1, "eos_id": 2} | options,
+    )
+    path = tmp_path / "unfit.model"
+    path.write_bytes(stream.getvalue())
+    with pytest.raises(ValueError, match=f"unfit.model: .*{message}"):
+        prepare.load_tokenizer(path)
+
+
+# -----------------------------------------------------------------------------
+# own text
+
+TEXTS = [f"Document {i}: " + " ".join(f"{i * j} apples and {j} pears" for j in range(1, 30)) for i in range(60)]
+
+
+def write_jsonl(path, texts):
+    data = "".join(json.dumps({"text": text, "source": "test"}) + "\n" for text in texts).encode()
+    if path.suffix == ".zst":
+        parameters = zstandard.ZstdCompressionParameters(window_log=28)  # over the decompressor's default limit
+        with zstandard.ZstdCompressor(compression_params=parameters).stream_writer(open(path, "wb")) as writer:
+            writer.write(data)
+    else:
+        path.write_bytes(data)
+    return path
+
+
+def shard_docs(root, docs, *options):
+    prepare.main(["--docs", str(docs), "--name", "own", "--output-root", str(root), *map(str, options)])
+    return root / "datasets/own"
+
+
+def test_jsonl_and_zst_give_the_same_shards(tmp_path, model):
+    options = ("--tokenizer", model, "--num-val-docs", 5, "--shard-tokens", 1000)
+    plain = shard_docs(tmp_path / "a", write_jsonl(tmp_path / "docs.jsonl", TEXTS), *options)
+    packed = shard_docs(tmp_path / "b", write_jsonl(tmp_path / "docs.jsonl.zst", TEXTS), *options)
+    assert contents(plain) == contents(packed) and len(contents(plain)) > 5
+    assert json.loads((plain / "stats.json").read_text()) == json.loads((packed / "stats.json").read_text())
+
+
+def test_the_first_documents_are_held_out_and_caps_hold(tmp_path, model):
+    sp, docs = prepare.load_tokenizer(model), write_jsonl(tmp_path / "docs.jsonl", TEXTS)
+    folder = shard_docs(tmp_path, docs, "--tokenizer", model, "--num-val-docs", 5, "--max-train-docs", 7,
+                        "--max-val-docs", 3)
+    texts = {split: [sp.decode(ids) for ids in documents_of(tokens_of(folder, split))] for split in ("val", "train")}
+    assert texts == {"val": TEXTS[:3], "train": TEXTS[5:12]}
+
+
+def test_own_tokenizer_is_trained_on_the_training_part_alone(tmp_path):
+    val = write_jsonl(tmp_path / "val.jsonl", ["zyzzyva " * 200])
+    docs = write_jsonl(tmp_path / "docs.jsonl", TEXTS)
+    shard_docs(tmp_path, docs, "--vocab-size", 300, "--val-docs", val)
+    sp = prepare.load_tokenizer(tmp_path / "tokenizers/own_300_bpe.model")
+    assert sp.vocab_size() == 300
+    assert sp.is_byte(sp.encode("z")[0])  # z occurs in the validation text only
+
+
+def test_shards_of_an_earlier_run_are_removed(tmp_path, model):
+    docs = write_jsonl(tmp_path / "docs.jsonl", TEXTS)
+    folder = shard_docs(tmp_path, docs, "--tokenizer", model, "--num-val-docs", 5, "--shard-tokens", 500)
+    before = len(contents(folder))
+    folder = shard_docs(tmp_path, docs, "--tokenizer", model, "--num-val-docs", 5)
+    assert before > 2 == len(contents(folder))
+
+
+@pytest.mark.parametrize("line", ["{oops", "", '["text"]', '{"txt": "a"}', '{"text": 3}', "7", "null", "\xff"])
+def test_malformed_line_is_named(tmp_path, line):
+    path = tmp_path / "docs.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text": ""}\n' + line.encode("latin-1") + b'\n{"text": "b"}\n')
+    with pytest.raises(ValueError, match=r"docs.jsonl, line 3: expected a JSON object with a string `text`"):
+        list(prepare.read_documents(path))
+
+
+def test_odd_characters_do_not_crash(tmp_path, model):
+    odd = ["a\0b", "\x00", "\x01\x02\x7f\x85 \u200b\ufeff", "<s> not a control token </s>", "\u2581\u2581x",
+           "\ud83d half", "\U0001f600 \uff46\uff55\uff4c\uff4c \u00bd \ufb01", "line\r\nbreak\ttab", "x" * 50_000]
+    folder = shard_docs(tmp_path, write_jsonl(tmp_path / "docs.jsonl", odd + TEXTS), "--vocab-size", 300,
+                        "--num-val-docs", len(odd))
+    sp = prepare.load_tokenizer(tmp_path / "tokenizers/own_300_bpe.model")
+    stored = documents_of(tokens_of(folder, "val"))
+    assert len(stored) == len(odd)
+    for ids, text in zip(stored, odd, strict=True):
+        assert sp.decode(ids) == normalised(sp, text.encode("utf-8", "replace").decode())
+
+
+def test_train_and_val_must_not_overlap(tmp_path, model):
+    docs = write_jsonl(tmp_path / "docs.jsonl", TEXTS)
+    val = write_jsonl(tmp_path / "val.jsonl", ["new", "  " + TEXTS[7] + "\n"])
+    with pytest.raises(ValueError, match="validation document 1 is also training document 7"):
+        shard_docs(tmp_path, docs, "--tokenizer", model, "--val-docs", val)
+    assert not (tmp_path / "datasets/own/stats.json").exists()
+
+
+def test_completeness_mark_is_removed_first_and_written_last(tmp_path, model, monkeypatch):
+    docs = write_jsonl(tmp_path / "docs.jsonl", TEXTS)
+    folder = shard_docs(tmp_path, docs, "--tokenizer", model, "--num-val-docs", 5)
+    assert (folder / "stats.json").exists()
+
+    def full_disk(path, tokens):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(prepare, "write_shard", full_disk)
+    with pytest.raises(OSError, match="disk full"):
+        shard_docs(tmp_path, docs, "--tokenizer", model, "--num-val-docs", 5)
+    assert not (folder / "stats.json").exists()
+
+
+def test_a_split_without_text_is_refused(tmp_path, model):
+    docs = write_jsonl(tmp_path / "docs.jsonl", TEXTS)
+    with pytest.raises(ValueError, match="no text for the train split"):
+        shard_docs(tmp_path, docs, "--tokenizer", model, "--num-val-docs", len(TEXTS))
+
+
+@pytest.mark.parametrize("arguments", [
+    [],
+    ["--variant", "byte260"],
+    ["--variant", "sp1024", "--demo"],
+    ["--docs", "a.jsonl", "--vocab-size", "300", "--num-val-docs", "1"],
+    ["--docs", "a.jsonl", "--name", "../a", "--vocab-size", "300", "--num-val-docs", "1"],
+    ["--docs", "a.jsonl", "--name", "a", "--num-val-docs", "1"],
+    ["--docs", "a.jsonl", "--name", "a", "--vocab-size", "300"],
+])
+def test_command_line_refuses_what_does_not_fit(arguments, capsys):
+    with pytest.raises(SystemExit):
+        prepare.main(arguments)
+    assert "error: " in capsys.readouterr().err
+
+
+# -----------------------------------------------------------------------------
+# download
+
+
+class FakeHub:
+    """hf_hub_download of a repository that is a folder; remembers what it was asked for."""
+
+    def __init__(self, folder, model):
+        self.folder, self.asked = folder, []
+        (folder / "datasets/tokenizers").mkdir(parents=True)
+        shutil.copy(model, folder / "datasets/tokenizers/official_1024.model")
+        for split, count in {"val": 2, "train": 3}.items():
+            for index in range(count):
+                prepare.write_shard(self.shard(split, index), np.arange(1, 100 * (index + 1)))
+        self.write_manifest()
+
+    def shard(self, split, index):
+        return self.folder / f"datasets/datasets/fineweb10B_sp1024/fineweb_{split}_{index:06d}.bin"
+
+    def write_manifest(self, variant="sp1024", vocab_size=1024, **stats):
+        stats = {"files_val": 2, "files_train": 3, "tokens_val": 99 + 199} | stats
+        dataset = {"name": f"fineweb10B_{variant}", "tokenizer_name": "sp_bpe", "stats": stats}
+        tokenizer = {"name": "sp_bpe", "vocab_size": vocab_size, "model_path": "tokenizers/official_1024.model"}
+        manifest = {"version": "10B", "datasets": [dataset], "tokenizers": [tokenizer]}
+        (self.folder / "datasets/manifest.json").write_text(json.dumps(manifest))
+
+    def __call__(self, repo_id, filename, *, repo_type, local_dir, force_download=False):
+        assert repo_type == "dataset"
+        self.repo_id = repo_id
+        self.asked.append(Path(filename).name)
+        target = Path(local_dir) / filename
+        if force_download or not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.folder / filename, target)
+        return str(target)
+
+
+@pytest.fixture
+def hub(tmp_path, model, monkeypatch):
+    for variable in ("MATCHED_FINEWEB_REPO_ID", "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX"):
+        monkeypatch.delenv(variable, raising=False)
+    hub = FakeHub(tmp_path / "hub", model)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub)
+    return hub
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def folder(root):
+    return root / "datasets/fineweb10B_sp1024"
+
+
+def test_download_fills_the_official_layout(hub, root, folder, model):
+    prepare.main(["--variant", "sp1024", "--train-shards", "2", "--output-root", str(root)])
+    shards = [hub.shard("val", 0), hub.shard("val", 1), hub.shard("train", 0), hub.shard("train", 1)]
+    assert contents(folder) == {shard.name: shard.read_bytes() for shard in shards}
+    assert (root / "tokenizers/fineweb_1024_bpe.model").read_bytes() == model.read_bytes()
+    assert json.loads((root / "manifest.json").read_text())["downloaded_from"]["repo_id"] == prepare.OFFICIAL_REPO
+    stats = json.loads((folder / "stats.json").read_text())
+    assert stats["val"] == {"tokens": 298, "shards": 2} and stats["train"] == {"tokens": 298, "shards": 2}
+    assert not (folder / ".download").exists()
+
+
+def test_download_fetches_only_what_is_missing_or_bad(hub, root, folder):
+    prepare.download("sp1024", 2, root)
+    expected, hub.asked = contents(folder), []
+    (folder / "fineweb_val_000001.bin").unlink()
+    truncated = folder / "fineweb_train_000000.bin"
+    truncated.write_bytes(truncated.read_bytes()[:-10])
+    prepare.download("sp1024", 2, root)
+    assert hub.asked == ["manifest.json", "official_1024.model", "fineweb_val_000001.bin", "fineweb_train_000000.bin"]
+    assert contents(folder) == expected
+
+
+def test_bad_remote_file_is_named_and_leaves_no_mark(hub, root, folder):
+    prepare.download("sp1024", 1, root)
+    good = hub.shard("train", 1).read_bytes()
+    hub.shard("train", 1).write_bytes(good[:1000])
+    message = "sent a bad datasets/.*/fineweb_train_000001.bin: .*found 1000 bytes; expected 1422"
+    with pytest.raises(ValueError, match=message):
+        prepare.download("sp1024", 2, root)
+    assert not (folder / "stats.json").exists()
+    assert not (folder / "fineweb_train_000001.bin").exists()
+    hub.shard("train", 1).write_bytes(good)  # the bad copy in the staging folder must not be taken for a download
+    prepare.download("sp1024", 2, root)
+    assert (folder / "stats.json").exists() and (folder / "fineweb_train_000001.bin").read_bytes() == good
+
+
+def test_mark_is_absent_while_downloading(hub, root, folder, monkeypatch):
+    prepare.download("sp1024", 1, root)
+
+    def connection_lost(**request):
+        if "train" in request["filename"]:
+            assert not (folder / "stats.json").exists()
+            raise ConnectionError("connection lost")
+        return hub(**request)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", connection_lost)
+    with pytest.raises(ConnectionError):
+        prepare.download("sp1024", 2, root)
+    assert not (folder / "stats.json").exists()
+    assert prepare.verify_shard(folder / "fineweb_train_000000.bin") == 99
+
+
+def test_stale_local_manifest_is_never_used(hub, root, folder):
+    prepare.download("sp1024", 1, root)
+    (hub.folder / "datasets/manifest.json").unlink()
+    with pytest.raises(FileNotFoundError):
+        prepare.download("sp1024", 1, root)
+    hub.write_manifest()
+    (root / "manifest.json").write_text('{"datasets": "of another repository"}')
+    prepare.download("sp1024", 1, root)
+    assert json.loads((root / "manifest.json").read_text())["datasets"][0]["name"] == "fineweb10B_sp1024"
+
+
+@pytest.mark.parametrize("manifest, message", [
+    ({"variant": "sp4096"}, r"has no dataset fineweb10B_sp1024; it has \['fineweb10B_sp4096'\]"),
+    ({"vocab_size": 512}, "has no tokenizer sp_bpe of 1024 pieces"),
+    ({"files_train": 1}, "--train-shards 2: .* has 1 for sp1024"),
+    ({"tokens_val": 300}, "found 298 validation tokens; expected 300"),
+])
+def test_manifest_that_does_not_fit_is_refused(hub, root, folder, manifest, message):
+    hub.write_manifest(**manifest)
+    with pytest.raises(ValueError, match=message):
+        prepare.download("sp1024", 2, root)
+    assert not (folder / "stats.json").exists()
+
+
+def test_shards_of_two_repositories_do_not_mix(hub, root, monkeypatch):
+    prepare.download("sp1024", 1, root)
+    monkeypatch.setenv("MATCHED_FINEWEB_REPO_ID", "somebody/else")
+    with pytest.raises(ValueError, match="holds shards of .*willdepueoai.* delete it to download from .*somebody/else"):
+        prepare.download("sp1024", 1, root)
+    assert hub.repo_id == "somebody/else"
+
+
+def test_remote_root_can_be_overridden(hub, root, folder, monkeypatch):
+    (hub.folder / "datasets").rename(hub.folder / "elsewhere")
+    monkeypatch.setenv("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "elsewhere")
+    prepare.download("sp1024", 1, root)
+    assert (folder / "stats.json").exists()
