@@ -8,13 +8,13 @@
 Every hyperparameter is an environment variable. The file never is longer than 1,500 lines. Sections, in run order:
 
     1. Hyperparameters and presets
-    2. Device, ranks, logging, clock
+    2. Device, ranks, logging
     3. Byte accounting
     4. Shards and loader
     5. Kernels
     6. Model
     7. Muon and AdamW
-    8. Schedules, averaging, checkpoints
+    8. Schedules and checkpoints
     9. GPTQ
     10. Packing
     11. Evaluation
@@ -70,8 +70,7 @@ class Hyperparameters:
     eval_only: bool = False
     scores: str = ""  # .npz path: nats, bytes, position of every scored target
     checkpoint_every: int = 0  # steps; 0 = off
-    checkpoint: str = "checkpoint"  # path prefix, one file per rank
-    resume: bool = False
+    resume: bool = False  # from the checkpoint beside the artifact
     # data
     data_path: str = "./data/datasets/fineweb10B_sp1024"
     tokenizer_path: str = "./data/tokenizers/fineweb_1024_bpe.model"
@@ -160,33 +159,37 @@ class Hyperparameters:
     def validate(self) -> None:
         """Raises: ValueError naming the first impossible field."""
         parse_layout(self.layout)
-        for name in ("vocab_size train_batch_tokens train_seq_len model_dim mlp_mult gdn_heads gdn_head_dim num_heads "
-                     "num_kv_heads head_dim window_size rope_base logit_softcap iterations eval_seq_len eval_stride "
-                     "val_batch_size matrix_clip_sigmas embed_clip_sigmas gptq_calibration_batches").split():
-            self.require(name, getattr(self, name) > 0, "more than 0")
-        for name in "warmdown_frac min_lr ema_decay muon_momentum_warmup_frac".split():
-            self.require(name, 0 <= getattr(self, name) <= 1, "0 to 1")
-        for name in ("matrix_bits", "embed_bits"):
-            self.require(name, 2 <= getattr(self, name) <= 8, "2 to 8")
-        self.require("vocab_size", self.vocab_size <= 65_536, "at most 65536: tokens are uint16")
+        for (low, high), names in BOUNDS.items():
+            for name in names.split():
+                self.require(name, low <= getattr(self, name) <= high, f"{low} to {high}")
         self.require("num_kv_heads", self.num_heads % self.num_kv_heads == 0, f"to divide NUM_HEADS={self.num_heads}")
         self.require("rope_dims", self.rope_dims in range(0, self.head_dim + 1, 2), f"even, 0 to {self.head_dim}")
         self.require("smear_dims", 0 <= self.smear_dims <= self.model_dim, f"0 to MODEL_DIM={self.model_dim}")
-        self.require("ngram_vocab_size", self.ngram_vocab_size == 0 or self.ngram_vocab_size > 1, "0 or more than 1")
         self.require("eval_stride", self.eval_stride <= self.eval_seq_len, f"at most EVAL_SEQ_LEN={self.eval_seq_len}")
         self.require("compressor", self.compressor in CODECS, f"one of {', '.join(CODECS)}")
-        self.require("gptq_reserve_seconds", self.max_wallclock_seconds <= 0
-                     or 0 <= self.gptq_reserve_seconds < self.max_wallclock_seconds,
-                     f"0 to less than MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g}")
+        self.require("gptq_reserve_seconds", self.gptq_reserve_seconds < self.max_wallclock_seconds or
+                     self.max_wallclock_seconds <= 0, f"less than MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g}")
 
     def require(self, name: str, ok: bool, expected: str) -> None:
         if not ok:
             raise ValueError(f"{name.upper()}={getattr(self, name)!r}: expected {expected}")
 
 
+BOUNDS = {  # smallest and largest value allowed
+    (1, math.inf): "train_batch_tokens train_seq_len model_dim mlp_mult gdn_heads gdn_head_dim num_heads num_kv_heads "
+                   "head_dim window_size rope_base logit_softcap iterations eval_seq_len eval_stride val_batch_size "
+                   "gptq_calibration_batches muon_backend_steps matrix_clip_sigmas embed_clip_sigmas",
+    (0, math.inf): "grad_accum_steps ngram_dim ngram_vocab_size gptq_reserve_seconds grad_clip_norm warmup_steps "
+                   "checkpoint_every val_loss_every train_log_every",
+    (0, 1): "warmdown_frac min_lr ema_decay muon_momentum_warmup_frac muon_momentum beta1 beta2",
+    (2, 8): "matrix_bits embed_bits",
+    (2, 65536): "vocab_size",  # tokens are uint16
+}
+
+
 def config_of(hp: Hyperparameters) -> dict:
     """What makes a run the run it is: all but where it writes and how it is called."""
-    run = "run_id author github_id artifact eval_only scores checkpoint checkpoint_every resume".split()
+    run = "run_id author github_id artifact eval_only scores checkpoint_every resume".split()
     return {k: v for k, v in asdict(hp).items() if k not in run}
 
 
@@ -227,7 +230,7 @@ PRESETS: dict[str, dict] = {
 }
 
 # -----------------------------------------------------------------------------
-# 2. Device, ranks, logging, clock
+# 2. Device, ranks, logging
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -505,6 +508,7 @@ def fla_gated_delta_rule_backward(
     q: Tensor, k: Tensor, v: Tensor, g_sum: Tensor, beta: Tensor, A: Tensor, initial_state: Tensor,
     do: Tensor, d_state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, g, beta and the initial state."""
     from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_bwd
 
     q, k, v, beta, do, d_state = (x.contiguous() for x in (q, k, v, beta, do, d_state))
@@ -707,6 +711,8 @@ class NgramEmbedding(nn.Module):
 
 
 class Block(nn.Module):
+    """Mixer and MLP, each on the normalised stream and scaled per channel; x0 (the embedding) is mixed in first."""
+
     def __init__(self, hp: Hyperparameters, mixer: nn.Module):
         super().__init__()
         self.mixer, self.mlp = mixer, MLP(hp)
@@ -740,7 +746,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(hp, mixer) for mixer in mixers)
         self.lm_head = Linear(hp.model_dim, hp.vocab_size)
         self.lm_head.weight = self.tok_emb.weight
-        init_weights(self)
+        self.kinds = init_weights(self, hp)
 
     def embed(self, ids: Tensor, ctx: Context) -> Tensor:
         x = self.tok_emb(ids).to(ctx.cos.dtype)
@@ -766,22 +772,15 @@ def token_nats(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none").view_as(y)
 
 
-class ParamRule(NamedTuple):
-    """matrix: Muon, GPTQ at MATRIX_BITS. embed: AdamW, GPTQ at EMBED_BITS. scalar: AdamW without decay, float16."""
-
-    pattern: str
-    kind: str
-    init: object  # (weight, hp) -> None
-
-
 def init_log_uniform_dt(w: Tensor, hp: Hyperparameters) -> None:
     """softplus(dt_bias) log-uniform in [1e-3, 1e-1], as in Mamba-2 and fla."""
     dt = torch.empty_like(w).uniform_(math.log(1e-3), math.log(1e-1)).exp()
     w.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
 
 
-# the first rule that matches a parameter's name decides its optimizer, its precision and its start
-PARAM_RULES = [ParamRule(*rule) for rule in (
+# (pattern, kind, init): the first that matches a parameter's name decides its optimizer, its precision and its start.
+# matrix: Muon, GPTQ at MATRIX_BITS. embed: AdamW, GPTQ at EMBED_BITS. scalar: AdamW without decay, float16.
+PARAM_RULES = (
     (r"tok_emb\.weight$", "embed", lambda w, hp: w.normal_(std=hp.tied_embed_init_std)),
     # zero rows under a non-zero projection: an n-gram never seen adds nothing, and both factors can learn
     (r"ngram\.table$", "embed", lambda w, hp: w.zero_()),
@@ -797,21 +796,21 @@ PARAM_RULES = [ParamRule(*rule) for rule in (
     (r"(_scale|o_norm)$", "scalar", lambda w, hp: w.fill_(1.0)),
     # zero gate and zero weight of the previous token: the identity at the start, and the weight has a gradient
     (r"smear_(gate|lambda)$", "scalar", lambda w, hp: w.zero_()),
-)]
-
-
-def param_rule(name: str) -> ParamRule:
-    """Raises: LookupError for a parameter that no rule names."""
-    for rule in PARAM_RULES:
-        if re.search(rule.pattern, name):
-            return rule
-    raise LookupError(f"parameter {name} matches no rule in PARAM_RULES")
+)
 
 
 @torch.no_grad()
-def init_weights(model: GPT) -> None:
+def init_weights(model: nn.Module, hp: Hyperparameters) -> dict[str, str]:
+    """Returns the kind of every parameter by name. Raises: LookupError for one that no rule names."""
+    kinds = {}
     for name, p in model.named_parameters():
-        param_rule(name).init(p, model.hp)
+        rules = [rule for rule in PARAM_RULES if re.search(rule[0], name)]
+        if not rules:
+            raise LookupError(f"parameter {name} matches no rule in PARAM_RULES")
+        _, kinds[name], init = rules[0]
+        init(p, hp)
+    return kinds
+
 
 # -----------------------------------------------------------------------------
 # 7. Muon and AdamW
@@ -851,7 +850,7 @@ class Muon:
         self.hp = hp
         kinds: dict[str, list[Tensor]] = {"matrix": [], "embed": [], "scalar": []}
         for name, p in model.named_parameters():
-            kinds[param_rule(name).kind].append(p)
+            kinds[model.kinds[name]].append(p)
         self.adam_params = kinds["embed"] + kinds["scalar"]
         self.adamw = torch.optim.AdamW(
             [dict(params=kinds["embed"], lr=hp.tied_embed_lr, weight_decay=hp.embed_wd),
@@ -913,17 +912,9 @@ class Muon:
         dist.all_gather_into_tensor(gathered, update.contiguous())
         return gathered
 
-    def state_dict(self) -> dict:
-        return dict(adamw=self.adamw.state_dict(), momentum=list(self.momentum.values()))
-
-    def load_state_dict(self, state: dict) -> None:
-        self.adamw.load_state_dict(state["adamw"])
-        for buffer, saved in zip(self.momentum.values(), state["momentum"], strict=True):
-            buffer.copy_(saved)
-
 
 # -----------------------------------------------------------------------------
-# 8. Schedules, averaging, checkpoints
+# 8. Schedules and checkpoints
 #
 # Every schedule is a function of progress in [0, 1]: of the clock or of ITERATIONS, whichever is further.
 
@@ -948,45 +939,21 @@ def muon_momentum(hp: Hyperparameters, progress: float) -> float:
     return hp.muon_momentum_warmup_start + ramp * (hp.muon_momentum - hp.muon_momentum_warmup_start)
 
 
-class Ema:
-    """Exponential moving average of the weights, float32; the decay ramps up so that the start is forgotten."""
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.params, self.decay = list(model.parameters()), decay
-        self.average = [p.detach().clone() for p in self.params]
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.average, self.params, 1 - decay)
-
-    @torch.no_grad()
-    def apply(self) -> float:
-        """Puts the average into the model. Returns its distance from the raw weights, relative to their norm."""
-        distance = torch._foreach_norm(torch._foreach_sub(self.average, self.params))
-        size = torch._foreach_norm(self.params)
-        torch._foreach_copy_(self.params, self.average)
-        return (torch.stack(distance).norm() / torch.stack(size).norm()).item()
-
-
-def save_checkpoint(hp: Hyperparameters, model, optimizer: Muon, ema: Ema, **progress) -> None:
-    """progress: step, seconds, position. One file a rank; all appear whole and together, or not at all."""
-    path = f"{hp.checkpoint}.rank{RANK}of{WORLD_SIZE}.pt"
-    torch.save(dict(config=config_of(hp), model=model.state_dict(), optimizer=optimizer.state_dict(),
-                    average=ema.average, progress=progress), path + ".tmp")
+def save_checkpoint(path: str, hp: Hyperparameters, tensors: list[Tensor], adamw, **progress) -> None:
+    """tensors: whatever training changes in place. One file a rank; all appear whole and together, or not at all."""
+    torch.save(dict(config=config_of(hp), tensors=tensors, adamw=adamw.state_dict(), progress=progress), path + ".tmp")
     all_reduce(torch.zeros(1, device=DEVICE))  # every rank has written
     os.replace(path + ".tmp", path)
 
 
-def load_checkpoint(hp: Hyperparameters, model, optimizer: Muon, ema: Ema) -> dict:
+@torch.no_grad()
+def load_checkpoint(path: str, hp: Hyperparameters, tensors: list[Tensor], adamw) -> dict:
     """Returns the progress. Raises: FileNotFoundError, or ValueError naming what differs from the run that wrote it."""
-    path = f"{hp.checkpoint}.rank{RANK}of{WORLD_SIZE}.pt"
     state = torch.load(path, map_location=DEVICE, weights_only=True)
     if differ := [k.upper() for k, v in config_of(hp).items() if state["config"].get(k) != v]:
         raise ValueError(f"RESUME=1: {path} was written with other values of {', '.join(differ)}")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch._foreach_copy_(ema.average, state["average"])
+    torch._foreach_copy_(tensors, state["tensors"])
+    adamw.load_state_dict(state["adamw"])
     return state["progress"]
 
 
@@ -1008,7 +975,7 @@ def collect_hessians(model: GPT, batches: list[tuple[Tensor, Tensor]]) -> dict[s
         name = names[id(module.weight)]
         hessians[name] = hessians.get(name, 0) + X.mT @ X
 
-    linears = [m for m in model.modules() if isinstance(m, Linear) and param_rule(names[id(m.weight)]).kind != "scalar"]
+    linears = [m for m in model.modules() if isinstance(m, Linear) and model.kinds[names[id(m.weight)]] != "scalar"]
     handles = [module.register_forward_hook(hook) for module in linears]
     with torch.no_grad():
         for x, _ in batches:
@@ -1063,7 +1030,7 @@ def quantize(model: GPT, hp: Hyperparameters, hessians: dict[str, Tensor] | None
     precision = {"matrix": (hp.matrix_bits, hp.matrix_clip_sigmas), "embed": (hp.embed_bits, hp.embed_clip_sigmas)}
     quantized = {}
     for name, p in model.named_parameters():
-        if (kind := param_rule(name).kind) in precision:
+        if (kind := model.kinds[name]) in precision:
             W = p.detach().float()
             H = hessians[name] if hessians is not None else torch.eye(W.shape[1], device=W.device)
             quantized[name] = gptq_quantize(W, H, *precision[kind])
@@ -1103,7 +1070,7 @@ CODECS = {  # compress(bytes), decompress(bytes, size)
 
 def tensor_table(model: GPT) -> list[list]:
     """[name, shape, quantized?] of every tensor of an artifact, in its order; shared weights stand once."""
-    return [[name, list(p.shape), param_rule(name).kind != "scalar"] for name, p in model.named_parameters()]
+    return [[name, list(p.shape), model.kinds[name] != "scalar"] for name, p in model.named_parameters()]
 
 
 def save_artifact(path, model: GPT, hp: Hyperparameters, quantized: dict | None = None) -> int:
@@ -1261,7 +1228,7 @@ def validate(hp: Hyperparameters, nats_of, validation: Validation, label: str, s
     loss, bpb = validation.loss_and_bpb(nats)
     seconds = time.perf_counter() - start
     log.info(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {timing or f'eval_time:{1000 * seconds:.0f}ms'}")
-    return dict(val_loss=loss, val_bpb=bpb, eval_seconds=seconds, nats=nats)
+    return dict(val_loss=loss, val_bpb=bpb, seconds=seconds, nats=nats)
 
 
 def warm_up(hp: Hyperparameters, model: GPT, nats_of) -> None:
@@ -1288,10 +1255,13 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
              f"train_shards:{len(stream.paths)} tokens:{len(stream)} grad_accum_steps:{grad_accum_steps(hp)}")
     nats_of = scorer(model)
     warm_up(hp, model, nats_of)
-    optimizer, ema = Muon(model, hp), Ema(model, hp.ema_decay)
+    optimizer, params = Muon(model, hp), [p.detach() for p in model.parameters()]
+    average = [p.clone() for p in params]  # exponential moving average of the weights, float32
+    path = f"{hp.artifact}.rank{RANK}of{WORLD_SIZE}.checkpoint"
+    state = [*params, *average, *optimizer.momentum.values()]
     step, seconds, position = 0, 0.0, 0
     if hp.resume:
-        step, seconds, position = load_checkpoint(hp, model, optimizer, ema).values()
+        step, seconds, position = load_checkpoint(path, hp, state, optimizer.adamw).values()
         log.info(f"resumed step:{step}/{hp.iterations} train_time:{1000 * seconds:.0f}ms position:{position}")
     loader = TrainLoader(stream, hp, position)
     if hp.max_wallclock_seconds > 0:
@@ -1319,7 +1289,8 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
             micro_loss.backward()
             loss += micro_loss.detach()
         grad_norm = optimizer.step(lr_multiplier(hp, progress), muon_momentum(hp, progress))
-        ema.update(step)
+        # the decay ramps up, so that the start is soon forgotten
+        torch._foreach_lerp_(average, params, 1 - min(hp.ema_decay, (1 + step) / (10 + step)))
         step += 1
 
         loss = all_reduce(loss).item() / WORLD_SIZE
@@ -1330,11 +1301,13 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
         if step <= 10 or step % hp.train_log_every == 0:
             log.info(f"step:{step}/{hp.iterations} train_loss:{loss:.4f} {timing_of(step, now)}")
         if hp.checkpoint_every and step % hp.checkpoint_every == 0:
-            save_checkpoint(hp, model, optimizer, ema, step=step, seconds=now, position=loader.position)
+            save_checkpoint(path, hp, state, optimizer.adamw, step=step, seconds=now, position=loader.position)
 
     if out_of_time:
         log.info(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{hp.iterations}")
-    floor, distance = lr_multiplier(hp, progress), ema.apply()
+    floor = lr_multiplier(hp, progress)
+    distance = torch.stack(torch._foreach_norm(torch._foreach_sub(average, params))).norm()
+    torch._foreach_copy_(params, average)
     hessians = collect_hessians(model, [pair for _ in range(hp.gptq_calibration_batches) for pair in loader.next()])
     loader.close()  # from here on there is no training data
     if DEVICE.type == "cuda":
@@ -1389,25 +1362,25 @@ def evaluate(hp: Hyperparameters, validation: Validation) -> dict:
     if hp.scores and RANK == 0:
         np.savez(hp.scores, nats=final["nats"].cpu().numpy(), bytes=validation.target_bytes.cpu().numpy(),
                  position=np.arange(1, len(validation.tokens)))
-    return final
+    return dict(val_bpb=final["val_bpb"], val_loss=final["val_loss"], eval_time_seconds=round(final["seconds"], 3))
 
 
-def write_submission(hp: Hyperparameters, validation: Validation, figures: dict, final: dict) -> None:
-    """submission.json: val_bpb only for the official validation split; other text is named beside its own number."""
+def write_submission(hp: Hyperparameters, validation: Validation, figures: dict) -> None:
+    """submission.json: scores of the official validation split at the top, of any other text under `own_text`."""
+    scores = {name: figures.pop(name) for name in ("val_bpb", "val_loss", "pre_quant_val_bpb", "rtn_val_bpb")}
+    own_text = dict(data_path=hp.data_path, documents=validation.documents, bytes=validation.bytes, **scores)
     official = validation.is_official
-    score = {name: final[name] for name in ("val_bpb", "val_loss")}
-    score["pre_quant_val_bpb"] = figures.pop("pre_quant_val_bpb")
-    own_text = dict(data_path=hp.data_path, documents=validation.documents, bytes=validation.bytes, **score)
+    hardware = f"{WORLD_SIZE}x{torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'}"
     submission = dict(
         author=hp.author or None, github_id=hp.github_id or None, name="Gated DeltaNet / sliding-window hybrid",
         date=time.strftime("%Y-%m-%d", time.gmtime()), track="10min_16mb", preset=hp.preset, run_id=hp.run_id,
-        seed=hp.seed, hardware=f"{WORLD_SIZE}x{torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'}",
-        pytorch_version=torch.__version__, **(score if official else dict.fromkeys(score)),
-        own_text=None if official else own_text, eval_time_seconds=round(final["eval_seconds"], 3), **figures)
+        seed=hp.seed, hardware=hardware, pytorch_version=torch.__version__,
+        **(scores if official else dict.fromkeys(scores)), own_text=None if official else own_text, **figures)
     Path("submission.json").write_text(json.dumps(submission, indent=2) + "\n")
 
 
 def log_setup(hp: Hyperparameters, model: GPT, validation: Validation) -> None:
+    """All hyperparameters, what is scored, and the size of the model."""
     for name, value in asdict(hp).items():
         log.info(f"  {name}: {value}")
     log.info(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={hp.tokenizer_path}")
@@ -1440,9 +1413,9 @@ def main() -> None:
         figures = train(hp, model, stream, validation)
         figures |= pack(hp, model, validation, figures.pop("hessians"))
         figures |= log_sizes(hp)
-        final = evaluate(hp, validation)
+        figures |= evaluate(hp, validation)
         if RANK == 0:
-            write_submission(hp, validation, figures, final)
+            write_submission(hp, validation, figures)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
 

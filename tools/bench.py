@@ -100,11 +100,12 @@ def bench_size(args) -> None:
             model = t.GPT(hp)
         rate = {"matrix": gaussian_bits(hp.matrix_bits, hp.matrix_clip_sigmas),
                 "embed": gaussian_bits(hp.embed_bits, hp.embed_clip_sigmas)}
-        kinds = [(p, t.param_rule(name).kind) for name, p in model.named_parameters()]
+        kinds = [(p, model.kinds[name]) for name, p in model.named_parameters()]
         quantized = sum(p.numel() * rate[kind] / 8 for p, kind in kinds if kind in rate)
         half = 2 * sum(len(p) if kind in rate else p.numel() for p, kind in kinds)
         total = quantized + half + code
-        print(f"{preset:<14}{sum(p.numel() for p, _ in kinds):>12,}{quantized:>12,.0f}{half:>10,}{code:>8,}{total:>12,.0f}"
+        count = sum(p.numel() for p, _ in kinds)
+        print(f"{preset:<14}{count:>12,}{quantized:>12,.0f}{half:>10,}{code:>8,}{total:>12,.0f}"
               f"{total / t.SIZE_LIMIT:>8.1%}")
 
 
@@ -126,7 +127,7 @@ def bench_throughput(args) -> None:
     rate = hp.train_batch_tokens / took
     peak = matmul_flops_per_second(t.COMPUTE_DTYPE)
     flops = 6 * sum(p.numel() for p in model.parameters() if p.ndim == 2)  # per token: forward 2, backward 4
-    print(f"{hp.preset}: {rate:,.0f} tokens/s, {1000 * took:.1f} ms per step of {hp.train_batch_tokens:,} tokens, {t.DEVICE}")
+    print(f"{hp.preset}, {t.DEVICE}: {rate:,.0f} tokens/s, {1000 * took:.1f} ms per {hp.train_batch_tokens:,} tokens")
     print(f"  matmul floor {flops / 1e6:.1f} MFLOP/token at {peak / 1e12:.3f} TFLOP/s: {peak / flops:,.0f} tokens/s, "
           f"{rate * flops / peak:.1%} of it reached")
     if t.DEVICE.type == "cuda":

@@ -1,0 +1,69 @@
+"""What all tests share: the repository root on the path, CPU arithmetic that repeats, tiny models.
+
+Tests marked `cuda` run on the GPU and are skipped without one; all others run on the CPU, in float32, also on a
+machine that has a GPU.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_gpt  # noqa: E402  (the path comes first)
+
+TINY = dict(
+    vocab_size=64, train_batch_tokens=256, train_seq_len=64, grad_accum_steps=1, layout="G2 S G S=2", model_dim=32,
+    mlp_mult=2.0, gdn_heads=2, gdn_head_dim=16, num_heads=2, num_kv_heads=1, head_dim=16, window_size=16, rope_dims=8,
+    ngram_vocab_size=128, ngram_dim=16, smear_dims=8, tied_embed_init_std=0.5, iterations=10, max_wallclock_seconds=0.0,
+    gptq_reserve_seconds=0.0, warmup_steps=1, eval_seq_len=64, eval_stride=16, val_batch_size=256,
+)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a GPU, skipped without one")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture(autouse=True)
+def reproducible(request, monkeypatch):
+    """One thread and one seed for every test; the CPU path unless the test is marked `cuda`."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if not request.node.get_closest_marker("cuda"):
+        monkeypatch.setattr(train_gpt, "DEVICE", torch.device("cpu"))
+        monkeypatch.setattr(train_gpt, "COMPUTE_DTYPE", torch.float32)
+
+
+@pytest.fixture
+def tiny():
+    """tiny(**overrides) -> Hyperparameters of a model of some ten thousand parameters."""
+
+    def make(**overrides):
+        hp = train_gpt.Hyperparameters(**(TINY | overrides))
+        hp.validate()
+        return hp
+
+    return make
+
+
+@pytest.fixture
+def lively():
+    """lively(model) -> the model, its zero weights replaced by random ones so that nothing hides behind a zero."""
+
+    def enliven(model, std=0.2):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.where(p == 0, std * torch.randn_like(p), p))
+        return model
+
+    return enliven
