@@ -165,6 +165,7 @@ class Hyperparameters:
         self.require("num_kv_heads", self.num_heads % self.num_kv_heads == 0, f"to divide NUM_HEADS={self.num_heads}")
         self.require("rope_dims", self.rope_dims in range(0, self.head_dim + 1, 2), f"even, 0 to {self.head_dim}")
         self.require("smear_dims", 0 <= self.smear_dims <= self.model_dim, f"0 to MODEL_DIM={self.model_dim}")
+        self.require("ngram_vocab_size", self.ngram_vocab_size == 0 or self.ngram_vocab_size > 1, "0 or more than 1")
         self.require("eval_stride", self.eval_stride <= self.eval_seq_len, f"at most EVAL_SEQ_LEN={self.eval_seq_len}")
         self.require("compressor", self.compressor in CODECS, f"one of {', '.join(CODECS)}")
         self.require("gptq_reserve_seconds", self.gptq_reserve_seconds < self.max_wallclock_seconds or
@@ -178,9 +179,9 @@ class Hyperparameters:
 BOUNDS = {  # smallest and largest value allowed
     (1, math.inf): "train_batch_tokens train_seq_len model_dim mlp_mult gdn_heads gdn_head_dim num_heads num_kv_heads "
                    "head_dim window_size rope_base logit_softcap iterations eval_seq_len eval_stride val_batch_size "
-                   "gptq_calibration_batches muon_backend_steps matrix_clip_sigmas embed_clip_sigmas",
-    (0, math.inf): "grad_accum_steps ngram_dim ngram_vocab_size gptq_reserve_seconds grad_clip_norm warmup_steps "
-                   "checkpoint_every val_loss_every train_log_every",
+                   "gptq_calibration_batches muon_backend_steps matrix_clip_sigmas embed_clip_sigmas train_log_every ngram_dim",
+    (0, math.inf): "grad_accum_steps gptq_reserve_seconds grad_clip_norm warmup_steps checkpoint_every val_loss_every "
+                   "matrix_lr tied_embed_lr scalar_lr muon_wd embed_wd",
     (0, 1): "warmdown_frac min_lr ema_decay muon_momentum_warmup_frac muon_momentum beta1 beta2",
     (2, 8): "matrix_bits embed_bits",
     (2, 65536): "vocab_size",  # tokens are uint16
@@ -497,12 +498,6 @@ def fla_gated_delta_rule(
     return o.to(v.dtype), final_state, g_sum, A
 
 
-@fla_gated_delta_rule.register_fake
-def _(q, k, v, g, beta, initial_state):
-    return v.new_empty(v.shape), initial_state.new_empty(initial_state.shape), g.new_empty(g.shape), \
-        k.new_empty(*k.shape[:3], 64)
-
-
 @torch.library.custom_op("train_gpt::gated_delta_rule_backward", mutates_args=())
 def fla_gated_delta_rule_backward(
     q: Tensor, k: Tensor, v: Tensor, g_sum: Tensor, beta: Tensor, A: Tensor, initial_state: Tensor,
@@ -517,21 +512,22 @@ def fla_gated_delta_rule_backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg.to(g_sum.dtype), dbeta.to(beta.dtype), dh0
 
 
-@fla_gated_delta_rule_backward.register_fake
-def _(q, k, v, g_sum, beta, A, initial_state, do, d_state):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, g_sum, beta, initial_state))
-
-
 def save_for_delta_backward(ctx, inputs, output):
     q, k, v, _, beta, initial_state = inputs
     ctx.save_for_backward(q, k, v, output[2], beta, output[3], initial_state)
 
 
-def delta_backward(ctx, do, d_state, *_):
-    return fla_gated_delta_rule_backward(*ctx.saved_tensors, do, d_state)
+def empty(*like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in like)
 
 
-fla_gated_delta_rule.register_autograd(delta_backward, setup_context=save_for_delta_backward)
+fla_gated_delta_rule.register_fake(
+    lambda q, k, v, g, beta, initial_state: empty(v, initial_state, g) + (k.new_empty(*k.shape[:3], 64),))
+fla_gated_delta_rule_backward.register_fake(
+    lambda q, k, v, g_sum, beta, A, initial_state, do, d_state: empty(q, k, v, g_sum, beta, initial_state))
+fla_gated_delta_rule.register_autograd(
+    lambda ctx, do, d_state, *_: fla_gated_delta_rule_backward(*ctx.saved_tensors, do, d_state),
+    setup_context=save_for_delta_backward)
 
 
 def window_attention(q, k, v, window: int, doc=None) -> Tensor:
@@ -540,17 +536,23 @@ def window_attention(q, k, v, window: int, doc=None) -> Tensor:
     q: [B, T, H, D]. k, v: [B, T, Hkv, D], Hkv divides H. doc: [B, T], rising along T; None = one document a row.
     Returns [B, T, H, D].
     """
-    B, T = q.shape[:2]
     if doc is None:
-        doc = torch.zeros(B, T, dtype=torch.long, device=q.device)
-    if not q.is_cuda:
-        t = torch.arange(T, device=q.device)
-        seen = (t[:, None] >= t) & (t[:, None] - t < window) & (doc[:, :, None] == doc[:, None, :])
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen.unsqueeze(1), enable_gqa=True).transpose(1, 2)
-    # a fixed number of segments keeps the shapes static: documents average over 1,000 tokens, room is for 64
+        doc = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device)
+    return (varlen_window_attention if q.is_cuda else masked_window_attention)(q, k, v, window, doc)
+
+
+def masked_window_attention(q, k, v, window: int, doc: Tensor) -> Tensor:
+    t = torch.arange(q.shape[1], device=q.device)
+    seen = (t[:, None] >= t) & (t[:, None] - t < window) & (doc[:, :, None] == doc[:, None, :])
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen.unsqueeze(1), enable_gqa=True).transpose(1, 2)
+
+
+def varlen_window_attention(q, k, v, window: int, doc: Tensor) -> Tensor:
+    """FlashAttention over all documents of all rows as one packed sequence, its number of segments fixed."""
+    B, T = doc.shape
     starts = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0), value=True).flatten()
-    room = B * T // 64 + 64
+    room = B * T // 64 + 64  # FineWeb's documents average over 1,000 tokens
     torch._assert_async(starts.sum() <= room, "window_attention: documents are shorter than 64 tokens on average")
     cu_seqlens = torch.nonzero_static(starts, size=room + 1, fill_value=B * T).flatten().int()
     out = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, cu_seqlens, T, T,
