@@ -25,7 +25,6 @@ Every hyperparameter is an environment variable. The file never is longer than 1
 import bisect
 import collections
 import copy
-import glob
 import hashlib
 import json
 import logging
@@ -158,6 +157,9 @@ class Hyperparameters:
 
     def validate(self) -> None:
         """Raises: ValueError naming the first impossible field."""
+        for f in fields(self):
+            numeric = (int, float) if f.type is float else f.type
+            self.require(f.name, isinstance(getattr(self, f.name), numeric), f.type.__name__)
         parse_layout(self.layout)
         for (low, high), names in BOUNDS.items():
             for name in names.split():
@@ -179,7 +181,8 @@ class Hyperparameters:
 BOUNDS = {  # smallest and largest value allowed
     (1, math.inf): "train_batch_tokens train_seq_len model_dim mlp_mult gdn_heads gdn_head_dim num_heads num_kv_heads "
                    "head_dim window_size rope_base logit_softcap iterations eval_seq_len eval_stride val_batch_size "
-                   "gptq_calibration_batches muon_backend_steps matrix_clip_sigmas embed_clip_sigmas train_log_every ngram_dim",
+                   "gptq_calibration_batches muon_backend_steps matrix_clip_sigmas embed_clip_sigmas train_log_every "
+                   "ngram_dim",
     (0, math.inf): "grad_accum_steps gptq_reserve_seconds grad_clip_norm warmup_steps checkpoint_every val_loss_every "
                    "matrix_lr tied_embed_lr scalar_lr muon_wd embed_wd",
     (0, 1): "warmdown_frac min_lr ema_decay muon_momentum_warmup_frac muon_momentum beta1 beta2",
@@ -204,7 +207,7 @@ def parse_layout(layout: str) -> list[tuple[str, int]]:
     """
     blocks: list[tuple[str, int]] = []
     for part in layout.split():
-        match = re.fullmatch(r"([GSA])(\d*)(?:=(\d+))?", part)
+        match = re.fullmatch(r"([GSA])(\d{,2})(?:=(\d+))?", part)
         if not match or match[2] == "0":
             raise ValueError(f"LAYOUT={layout!r}: {part!r} is not G, S or A with an optional count and =block")
         for _ in range(int(match[2] or 1)):
@@ -338,8 +341,8 @@ def load_data_shard(path) -> Tensor:
     magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
     if (magic, version) != (MAGIC, VERSION):
         raise ValueError(f"{path}: magic {magic} version {version}, expected magic {MAGIC} version {VERSION}")
-    if count < 1 or size != HEADER_BYTES + 2 * count:
-        raise ValueError(f"{path}: header says {count} tokens, so {HEADER_BYTES + 2 * count} bytes, found {size}")
+    if size != (expected := HEADER_BYTES + 2 * max(count, 1)):
+        raise ValueError(f"{path}: {size} bytes, expected {expected} for the {count} tokens of its header")
     return torch.from_numpy(np.memmap(path, dtype="<u2", mode="c", offset=HEADER_BYTES, shape=(count,)))
 
 
@@ -347,11 +350,10 @@ class TokenStream:
     """All shards of a split as one ring of tokens, in the order of their names."""
 
     def __init__(self, data_path: str, split: str, vocab_size: int):
-        pattern = os.path.join(data_path, f"fineweb_{split}_*.bin")
         # the byte sidecars of a transformed split (fineweb_val_bytes_*) are not tokens
-        self.paths = [p for p in sorted(glob.glob(pattern)) if "_bytes_" not in os.path.basename(p)]
+        self.paths = [p for p in sorted(Path(data_path).glob(f"fineweb_{split}_*.bin")) if "_bytes_" not in p.name]
         if not self.paths:
-            raise FileNotFoundError(f"DATA_PATH={data_path}: no file matches {pattern}")
+            raise FileNotFoundError(f"DATA_PATH={data_path}: no file fineweb_{split}_*.bin in it")
         self.shards = [load_data_shard(path) for path in self.paths]
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards]).tolist()
         self.vocab_size = vocab_size
@@ -406,7 +408,6 @@ class TrainLoader:
 
     def close(self) -> None:
         """No training data after this: a later `next` raises RuntimeError."""
-        self.ahead.cancel()
         self.pool.shutdown()
 
 
@@ -492,7 +493,7 @@ def fla_gated_delta_rule(
     """fla's Triton chunk kernels. Returns o, final state, and for the backward the summed decay and WY matrix."""
     from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_fwd
 
-    q, k, v, g, beta = (x.contiguous() for x in (q, k, v, g, beta))
+    q, k, v, g, beta, initial_state = (x.contiguous() for x in (q, k, v, g, beta, initial_state))
     g_sum, o, A, final_state, _, _ = chunk_gated_delta_rule_fwd(
         q, k, v, g, beta, scale=k.shape[-1] ** -0.5, initial_state=initial_state, output_final_state=True)
     return o.to(v.dtype), final_state, g_sum, A
@@ -506,7 +507,7 @@ def fla_gated_delta_rule_backward(
     """Gradients of q, k, v, g, beta and the initial state."""
     from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_bwd
 
-    q, k, v, beta, do, d_state = (x.contiguous() for x in (q, k, v, beta, do, d_state))
+    q, k, v, beta, initial_state, do, d_state = (x.contiguous() for x in (q, k, v, beta, initial_state, do, d_state))
     dq, dk, dv, dbeta, dg, dh0, _, _ = chunk_gated_delta_rule_bwd(
         q, k, v, g_sum, beta, A, scale=k.shape[-1] ** -0.5, initial_state=initial_state, do=do, dht=d_state)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg.to(g_sum.dtype), dbeta.to(beta.dtype), dh0
@@ -1055,7 +1056,7 @@ def dequantize(q: Tensor, scale: Tensor) -> Tensor:
 # -----------------------------------------------------------------------------
 # 10. Packing
 #
-# Artifact = ARTIFACT_HEADER, then one compressed body: length of a JSON text, the JSON (format, hyperparameters, tensor
+# Artifact = ARTIFACT_HEADER, then one compressed body: length of a JSON text, the JSON (hyperparameters, tensor
 # table), int8 values of the quantized tensors, then all float16 values (scales and the rest), low bytes before high
 # bytes. Data only: nothing in it is executed.
 
@@ -1066,8 +1067,11 @@ CODECS = {  # compress(bytes), decompress(bytes, size)
     "brotli": (lambda body: brotli.compress(body, quality=11, lgwin=24),
                lambda data, size: brotli.Decompressor().process(data, output_buffer_limit=size + 1)),
     "zstd": (lambda body: zstandard.ZstdCompressor(level=22).compress(body),
-             lambda data, size: zstandard.ZstdDecompressor().decompress(data, max_output_size=size)),
+             lambda data, size: zstandard.ZstdDecompressor().stream_reader(data).read(size + 1)),
 }
+
+
+CODEC_ERRORS = (brotli.error, zstandard.ZstdError)
 
 
 def tensor_table(model: GPT) -> list[list]:
@@ -1079,7 +1083,7 @@ def save_artifact(path, model: GPT, hp: Hyperparameters, quantized: dict | None 
     """Packs the model; `quantized` as from `quantize`, None = round to nearest. Returns the file's bytes."""
     quantized = quantize(model, hp) if quantized is None else quantized
     table = tensor_table(model)
-    head = json.dumps(dict(format=1, config=config_of(hp), tensors=table), separators=(",", ":")).encode()
+    head = json.dumps(dict(config=config_of(hp), tensors=table), separators=(",", ":")).encode()
     params = dict(model.named_parameters())
     ints = [quantized[name][0] for name, _, is_int in table if is_int]
     halves = [quantized[name][1] if is_int else params[name].detach().half() for name, _, is_int in table]
@@ -1113,14 +1117,15 @@ def load_artifact(path, device) -> tuple[GPT, Hyperparameters]:
         head = json.loads(body[4:end])
         hp = Hyperparameters(**head["config"])
         hp.validate()
-    except (struct.error, ValueError, KeyError, TypeError, brotli.error, zstandard.ZstdError) as error:
+        with torch.device("meta"):  # nothing is allocated before the description is known to fit the file
+            table = tensor_table(GPT(hp))
+        ints = [math.prod(shape) for _, shape, is_int in table if is_int]
+        halves = [shape[0] if is_int else math.prod(shape) for _, shape, is_int in table]
+        if head["tensors"] != table or not len(body) == body_size == end + sum(ints) + 2 * sum(halves):
+            raise ValueError("its tensors are not those of the model it describes")
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, struct.error, *CODEC_ERRORS) as error:
         raise ValueError(f"{path}: damaged: {error}") from None
     model = GPT(hp)
-    table = tensor_table(model)
-    ints = [math.prod(shape) for _, shape, is_int in table if is_int]
-    halves = [shape[0] if is_int else math.prod(shape) for _, shape, is_int in table]
-    if head["tensors"] != table or len(body) != body_size or body_size != end + sum(ints) + 2 * sum(halves):
-        raise ValueError(f"{path}: its tensors are not those of the model it describes")
     q = iter(torch.frombuffer(bytearray(body[end : end + sum(ints)]), dtype=torch.int8).split(ints))
     half_bytes = np.frombuffer(body, dtype=np.uint8, offset=end + sum(ints)).reshape(2, -1).T.copy()
     h = iter(torch.from_numpy(half_bytes).view(torch.float16).flatten().split(halves))
@@ -1269,12 +1274,12 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
     if hp.max_wallclock_seconds > 0:
         log.info(f"gptq:reserving {hp.gptq_reserve_seconds:g}s, effective={1000 * train_budget(hp):.0f}ms")
     recent = collections.deque(maxlen=10)  # seconds of the last steps: the next one must fit into the budget
-    progress = 0.0
     start = time.perf_counter() - seconds  # moved forward by what does not count; every step ends in sync with the GPU
     while True:
         # all ranks follow the slowest one's clock, or they would stop, and anneal, at different steps
         seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=DEVICE)
         seconds = all_reduce(seconds, dist.ReduceOp.MAX).item()
+        progress = training_progress(hp, step, seconds)
         out_of_time = seconds + max(recent, default=0.0) > train_budget(hp)
         last = step >= hp.iterations or out_of_time
         if last or (hp.val_loss_every and step % hp.val_loss_every == 0):
@@ -1284,7 +1289,6 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
         if last:
             break
 
-        progress = training_progress(hp, step, seconds)
         loss = torch.zeros((), device=DEVICE)
         for x, y in (batch := loader.next()):
             micro_loss = nats_of(x, y).mean() / len(batch)
@@ -1369,7 +1373,7 @@ def evaluate(hp: Hyperparameters, validation: Validation) -> dict:
 
 def write_submission(hp: Hyperparameters, validation: Validation, figures: dict) -> None:
     """submission.json: scores of the official validation split at the top, of any other text under `own_text`."""
-    scores = {name: figures.pop(name) for name in ("val_bpb", "val_loss", "pre_quant_val_bpb", "rtn_val_bpb")}
+    scores = {name: figures.pop(name) for name in "val_bpb val_loss raw_val_bpb pre_quant_val_bpb rtn_val_bpb".split()}
     own_text = dict(data_path=hp.data_path, documents=validation.documents, bytes=validation.bytes, **scores)
     official = validation.is_official
     hardware = f"{WORLD_SIZE}x{torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'}"

@@ -1,0 +1,502 @@
+"""Artifacts and checkpoints: what comes back is what was written, bit for bit, or nothing.
+
+The artifact's format is read and written here a second time, from its description. Loaded weights are
+compared with q * scale of the quantizer's own numbers, damaged files with the promise that each is one
+ValueError that names the file, and a resumed run with the run that was never interrupted.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import brotli
+import numpy as np
+import pytest
+import torch
+import zstandard
+from corpus import write_corpus
+
+import train_gpt
+from train_gpt import GPT, load_artifact, quantize, save_artifact
+
+SOURCE = Path(train_gpt.__file__)
+HEADER = struct.Struct("<8s4sQQ32s")  # magic, codec, compressed bytes, body bytes, sha256 of the compressed
+COMPRESS = {b"brot": lambda body: brotli.compress(body, quality=1), b"zstd": zstandard.compress}
+DECOMPRESS = {b"brot": brotli.decompress, b"zstd": zstandard.decompress}
+
+
+def read_artifact(path) -> tuple[dict, bytes]:
+    """The JSON head and the rest of the body."""
+    raw = path.read_bytes()
+    magic, codec, size, body_size, digest = HEADER.unpack_from(raw)
+    data = raw[HEADER.size :]
+    assert magic == b"GDNSWA16" and len(data) == size and hashlib.sha256(data).digest() == digest
+    body = DECOMPRESS[codec](data)
+    assert len(body) == body_size
+    end = 4 + struct.unpack_from("<I", body)[0]
+    return json.loads(body[4:end]), body[end:]
+
+
+def write_artifact(path, head, values: bytes, codec=b"brot", data=None, body_size=None) -> None:
+    """An artifact with a right checksum, whatever is in it. head: bytes, or what JSON takes."""
+    head = head if isinstance(head, bytes) else json.dumps(head).encode()
+    body = struct.pack("<I", len(head)) + head + values
+    data = COMPRESS[codec](body) if data is None else data
+    body_size = len(body) if body_size is None else body_size
+    digest = hashlib.sha256(data).digest()
+    path.write_bytes(HEADER.pack(b"GDNSWA16", codec, len(data), body_size, digest) + data)
+
+
+@pytest.fixture(params=["brotli", "zstd"])
+def compressor(request):
+    return request.param
+
+
+@pytest.fixture
+def packed(tmp_path, tiny, lively, compressor):
+    """(path, model, what the quantizer made of it), clipped, so that all 6 and all 8 bits are used."""
+    hp = tiny(compressor=compressor, matrix_clip_sigmas=2.0, embed_clip_sigmas=4.0)
+    model = lively(GPT(hp))
+    quantized = quantize(model, hp)
+    path = tmp_path / "model.ptz"
+    save_artifact(path, model, hp, quantized)
+    return path, model, quantized
+
+
+# -----------------------------------------------------------------------------
+# round trip
+
+
+def test_weights_come_back_bit_for_bit(packed):
+    path, model, quantized = packed
+    loaded = dict(load_artifact(path, "cpu")[0].named_parameters())
+    assert list(loaded) == [name for name, _ in model.named_parameters()]
+    for name, p in model.named_parameters():
+        if name in quantized:
+            q, scale = quantized[name]
+            expected = q.numpy().astype(np.float32) * scale.numpy().astype(np.float32)[:, None]
+        else:
+            expected = p.detach().numpy().astype(np.float16).astype(np.float32)
+        assert loaded[name].dtype == torch.float32
+        assert np.array_equal(loaded[name].detach().numpy(), expected), name
+
+
+def test_embeddings_and_matrices_are_quantized_and_the_rest_is_not(packed):
+    _, model, quantized = packed
+    large = {name for name, p in model.named_parameters() if p.ndim == 2 and p.numel() >= 512}
+    assert large <= set(quantized)
+    largest = {name: q.abs().max() for name, (q, _) in quantized.items()}
+    assert 127 >= largest["tok_emb.weight"] > 31 >= largest["blocks.0.mixer.q_proj.weight"]
+
+
+def test_without_quantized_tensors_it_rounds_to_nearest(packed, tmp_path):
+    path, model, _ = packed
+    save_artifact(tmp_path / "again.ptz", model, model.hp)
+    assert (tmp_path / "again.ptz").read_bytes() == path.read_bytes()
+
+
+def test_the_size_on_disk_is_returned_and_nothing_else_is_left(packed, tmp_path):
+    path, model, quantized = packed
+    assert save_artifact(path, model, model.hp, quantized) == path.stat().st_size
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_the_file_is_what_its_description_says(packed):
+    """Read without train_gpt.py: JSON, int8 values, then float16 values, low bytes before high bytes."""
+    path, model, quantized = packed
+    head, values = read_artifact(path)
+    params = dict(model.named_parameters())
+    assert [row[:2] for row in head["tensors"]] == [[name, list(p.shape)] for name, p in params.items()]
+    ints, halves = [], []
+    for name, _, is_int in head["tensors"]:
+        if is_int:
+            ints.append(quantized[name][0].numpy().ravel())
+        halves.append(quantized[name][1].numpy() if is_int else params[name].detach().half().numpy().ravel())
+    ints, halves = np.concatenate(ints), np.concatenate(halves)
+    assert values[: len(ints)] == ints.tobytes()
+    low, high = np.split(np.frombuffer(values[len(ints) :], np.uint8), 2)
+    assert np.array_equal(low + 256 * high.astype(np.uint16), halves.view(np.uint16))
+
+
+def test_shared_weights_are_stored_once(packed):
+    """A quantized tensor takes a byte a value and a scale a row, another two bytes a value, none twice."""
+    path, model, quantized = packed
+    tensors, expected = {}, 0
+    for name, p in model.named_parameters(remove_duplicate=False):
+        tensors.setdefault(p.data_ptr(), (p, []))[1].append(name)
+    for p, names in tensors.values():
+        expected += p.numel() + 2 * len(p) if set(names) & set(quantized) else 2 * p.numel()
+    assert len(read_artifact(path)[1]) == expected
+    assert max(len(names) for _, names in tensors.values()) == 2
+
+
+def test_shared_modules_are_one_object_after_loading(packed):
+    loaded, _ = load_artifact(packed[0], "cpu")
+    assert loaded.blocks[4].mixer is loaded.blocks[2].mixer  # layout G2 S G S=2
+    assert loaded.blocks[0].mixer is not loaded.blocks[1].mixer
+    assert loaded.lm_head.weight is loaded.tok_emb.weight
+
+
+def test_hyperparameters_come_back(tmp_path, tiny):
+    hp = tiny(seed=5, mlp_mult=1.5, xsa=False, layout="G A S", matrix_bits=5, rope_base=1234.5, eval_stride=7,
+              max_wallclock_seconds=float("inf"), run_id="not stored", author="nobody")
+    save_artifact(tmp_path / "a.ptz", GPT(hp), hp)
+    back = load_artifact(tmp_path / "a.ptz", "cpu")[1]
+    assert train_gpt.config_of(back) == train_gpt.config_of(hp)
+    for name, value in train_gpt.config_of(hp).items():
+        assert type(getattr(back, name)) is type(value)
+    text = json.dumps(read_artifact(tmp_path / "a.ptz")[0])
+    assert "not stored" not in text and "nobody" not in text, "who ran it must not change the artifact"
+
+
+def test_the_same_model_gives_the_same_file(tmp_path, tiny, lively, compressor):
+    for name in "ab":
+        torch.manual_seed(1)
+        hp = tiny(compressor=compressor, run_id=name, artifact=name)
+        save_artifact(tmp_path / name, lively(GPT(hp)), hp)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+LOGITS_OF = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+import train_gpt
+torch.set_num_threads(1)
+train_gpt.DEVICE, train_gpt.COMPUTE_DTYPE = torch.device("cpu"), torch.float32
+model, _ = train_gpt.load_artifact(sys.argv[2], "cpu")
+sys.stdout.buffer.write(model(torch.arange(1, 61)[None] % 64).detach().numpy().tobytes())
+"""
+
+
+def test_a_fresh_process_computes_the_same(tmp_path, tiny, lively):
+    hp = tiny()
+    model = lively(GPT(hp))
+    quantized = quantize(model, hp)
+    save_artifact(tmp_path / "a.ptz", model, hp, quantized)
+    ids = torch.arange(1, 61)[None] % 64
+    expected = train_gpt.dequantized(model, quantized)(ids).detach().numpy()
+    assert np.array_equal(load_artifact(tmp_path / "a.ptz", "cpu")[0](ids).detach().numpy(), expected)
+    fresh = subprocess.run([sys.executable, "-c", LOGITS_OF, str(SOURCE.parent), str(tmp_path / "a.ptz")],
+                           capture_output=True, check=True, cwd=tmp_path).stdout
+    assert np.array_equal(np.frombuffer(fresh, np.float32).reshape(expected.shape), expected)
+
+
+def test_loading_draws_no_different_numbers_afterwards(packed):
+    """The weights come from the file alone, whatever the generator's state."""
+    torch.manual_seed(1)
+    first = load_artifact(packed[0], "cpu")[0].state_dict()
+    torch.manual_seed(2)
+    second = load_artifact(packed[0], "cpu")[0].state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# -----------------------------------------------------------------------------
+# damage
+
+
+def refused(path) -> None:
+    with pytest.raises(ValueError) as error:
+        load_artifact(path, "cpu")
+    assert str(path) in str(error.value)
+
+
+def test_every_flipped_byte_is_refused(packed):
+    path, _, _ = packed
+    raw = path.read_bytes()
+    for position in (*range(HEADER.size), *range(HEADER.size, len(raw), 97), *range(len(raw) - 8, len(raw))):
+        for bit in (1, 128) if position < HEADER.size else (16,):
+            damaged = bytearray(raw)
+            damaged[position] ^= bit
+            path.write_bytes(damaged)
+            refused(path)
+
+
+def test_every_truncation_is_refused(packed):
+    path, _, _ = packed
+    raw = path.read_bytes()
+    for length in {*range(HEADER.size + 3), *range(HEADER.size, len(raw), len(raw) // 60), len(raw) - 1}:
+        path.write_bytes(raw[:length])
+        refused(path)
+
+
+def test_anything_appended_is_refused(packed):
+    path, _, _ = packed
+    path.write_bytes(path.read_bytes() + b"\0")
+    refused(path)
+
+
+@pytest.mark.parametrize("content", [
+    pytest.param(b"", id="empty"),
+    pytest.param(b"GDNSWA16", id="magic_only"),
+    pytest.param(b"GDNSWA16" + bytes(52), id="zeros_after_the_magic"),
+    pytest.param(b"\x89PNG\r\n\x1a\n" + bytes(500), id="image"),
+    pytest.param(pickle.dumps({"model": list(range(500))}), id="pickle"),
+    pytest.param(b"PK\x03\x04" + bytes(500), id="torch_file"),
+    pytest.param(b"version https://git-lfs.github.com/spec/v1\n" * 5, id="text"),
+])
+def test_a_foreign_file_is_refused(tmp_path, content):
+    (tmp_path / "model.ptz").write_bytes(content)
+    refused(tmp_path / "model.ptz")
+
+
+def test_a_missing_file_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_artifact(tmp_path / "model.ptz", "cpu")
+
+
+class Explosive:
+    """Unpickling one creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_no_file_is_executed(tmp_path):
+    write_artifact(tmp_path / "body.ptz", pickle.dumps(Explosive(tmp_path / "exploded")), b"")
+    (tmp_path / "file.ptz").write_bytes(pickle.dumps(Explosive(tmp_path / "exploded")))
+    for name in ("body.ptz", "file.ptz"):
+        refused(tmp_path / name)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_the_source_has_no_way_to_execute_a_file():
+    source = SOURCE.read_text()
+    assert not re.search(r"\b(pickle|marshal|shelve|dill|joblib)\b", source)
+    assert not re.search(r"(?<![.\w])(exec|eval)\(", source)
+    loads = re.findall(r"torch\.load\(.*", source)
+    assert all("weights_only=True" in line for line in loads)
+
+
+@pytest.fixture
+def crafted(tmp_path, tiny):
+    """crafted(head, values, **options) -> path of an artifact with a right checksum and these changes."""
+    hp = tiny()
+    save_artifact(tmp_path / "model.ptz", GPT(hp), hp)
+    head, values = read_artifact(tmp_path / "model.ptz")
+
+    def craft(change_head=lambda head: head, change_values=lambda values: values, **options):
+        write_artifact(tmp_path / "crafted.ptz", change_head(head), change_values(values), **options)
+        return tmp_path / "crafted.ptz"
+
+    return craft
+
+
+def with_config(**changes):
+    return lambda head: head | dict(config=head["config"] | changes)
+
+
+def with_tensors(change):
+    return lambda head: head | dict(tensors=change([list(row) for row in head["tensors"]]))
+
+
+def test_crafting_changes_nothing_by_itself(crafted):
+    for codec in COMPRESS:
+        load_artifact(crafted(codec=codec), "cpu")
+
+
+CRAFTED_HEADS = {
+    "another_model": with_config(mlp_mult=3.0),
+    "another_layout": with_config(layout="G2 S G S"),
+    "another_vocabulary": with_config(vocab_size=65),
+    "impossible_value": with_config(num_heads=0),
+    "unknown_hyperparameter": with_config(num_layers=9),
+    "no_hyperparameters": lambda head: head | dict(config={}),
+    "hyperparameters_in_a_list": lambda head: head | dict(config=[1, 2]),
+    "text_for_a_number": with_config(model_dim="32"),
+    "fraction_for_a_count": with_config(model_dim=32.5),
+    "null_for_a_text": with_config(layout=None),
+    "number_for_a_text": with_config(layout=5),
+    "nan": with_config(mlp_mult=float("nan")),
+    "infinite": with_config(mlp_mult=float("inf")),
+    "no_such_codec": with_config(compressor="gzip"),
+    "larger_than_memory": with_config(model_dim=1 << 40),
+    "tensor_missing": with_tensors(lambda rows: rows[1:]),
+    "tensor_twice": with_tensors(lambda rows: rows + rows[:1]),
+    "tensors_swapped": with_tensors(lambda rows: rows[1::-1] + rows[2:]),
+    "tensor_renamed": with_tensors(lambda rows: [["other", *rows[0][1:]], *rows[1:]]),
+    "tensors_transposed": with_tensors(lambda rows: [[name, shape[::-1], q] for name, shape, q in rows]),
+    "tensor_not_quantized": with_tensors(lambda rows: [[*rows[0][:2], not rows[0][2]], *rows[1:]]),
+    "no_tensors": lambda head: dict(config=head["config"]),
+    "tensors_of_numbers": lambda head: head | dict(tensors=7),
+    "list": lambda head: [head],
+    "null": lambda head: None,
+    "not_json": lambda head: b"{'config': 1}",
+    "not_text": lambda head: b"\xff\xfe\x00",
+    "nothing": lambda head: b"",
+    "deeply_nested": lambda head: b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("change", CRAFTED_HEADS)
+def test_a_head_that_does_not_fit_is_refused(crafted, change):
+    refused(crafted(CRAFTED_HEADS[change]))
+
+
+@pytest.mark.parametrize("options", [
+    pytest.param(dict(change_values=lambda values: values[:-1]), id="value_missing"),
+    pytest.param(dict(change_values=lambda values: values[:-2]), id="two_bytes_missing"),
+    pytest.param(dict(change_values=lambda values: values + b"\0\0"), id="too_many_values"),
+    pytest.param(dict(change_values=lambda values: b""), id="no_values"),
+    pytest.param(dict(body_size=0), id="size_zero"),
+    pytest.param(dict(body_size=100), id="size_too_small"),
+    pytest.param(dict(body_size=1 << 20), id="size_too_large"),
+    pytest.param(dict(body_size=1 << 63), id="size_absurd"),
+    pytest.param(dict(data=b""), id="no_data"),
+    pytest.param(dict(data=b"\0" * 100), id="data_not_compressed"),
+    pytest.param(dict(data=COMPRESS[b"brot"](b""), body_size=0), id="empty_body"),
+    pytest.param(dict(data=brotli.compress(4 * b"\xff" + bytes(100)), body_size=104), id="endless_head"),
+    pytest.param(dict(data=COMPRESS[b"zstd"](bytes(100)), body_size=100), id="other_codec"),
+])
+def test_a_body_that_does_not_fit_is_refused(crafted, options):
+    refused(crafted(**options))
+
+
+BOMB = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import train_gpt
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sys.argv[2:]:
+    try:
+        train_gpt.load_artifact(path, "cpu")
+    except ValueError as error:
+        assert path in str(error), error
+    else:
+        raise AssertionError(f"{path} was loaded")
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_small_file_cannot_fill_the_memory(tmp_path):
+    """A gigabyte of zeros in some kilobytes, declared as 1,000 bytes: refused before it is unpacked."""
+    packer, zeros, paths = brotli.Compressor(quality=1), bytes(1 << 24), []
+    bombs = {b"brot": b"".join(packer.process(zeros) for _ in range(64)) + packer.finish()}
+    packer = zstandard.ZstdCompressor(level=1).compressobj(size=1 << 30)
+    bombs[b"zstd"] = b"".join(packer.compress(zeros) for _ in range(64)) + packer.flush()
+    for codec, data in bombs.items():
+        paths.append(tmp_path / f"{codec.decode()}.ptz")
+        write_artifact(paths[-1], b"", b"", codec=codec, data=data, body_size=1000)
+        assert paths[-1].stat().st_size < 1 << 18
+    out = subprocess.run([sys.executable, "-c", BOMB, str(SOURCE.parent), *map(str, paths)],
+                         capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    kilobytes = dict(zip(bombs, map(int, out.split()), strict=True))
+    assert max(kilobytes.values()) < 256 << 10, kilobytes
+
+
+def test_a_write_that_fails_leaves_the_earlier_artifact(packed, monkeypatch):
+    path, model, _ = packed
+    before = path.read_bytes()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+
+    def power_cut(*_):
+        raise OSError("no space left on device")
+
+    for where in ((os, "replace"), (Path, "write_bytes")):
+        with monkeypatch.context() as context:
+            context.setattr(*where, power_cut)
+            with pytest.raises(OSError, match="no space"):
+                save_artifact(path, model, model.hp)
+        assert path.read_bytes() == before
+    load_artifact(path, "cpu")
+    save_artifact(path, model, model.hp)
+    assert path.read_bytes() != before
+
+
+# -----------------------------------------------------------------------------
+# checkpoints
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run(**environment) -> the lines that a run of six small steps logs, in this process."""
+    environment = write_corpus(tmp_path) | dict(
+        iterations=6, layout="G S S=1", model_dim=32, gdn_heads=2, gdn_head_dim=16, num_heads=2,
+        num_kv_heads=1, head_dim=16, window_size=16, rope_dims=8, ngram_vocab_size=64, ngram_dim=8,
+        train_batch_tokens=256, train_seq_len=32, grad_accum_steps=2, warmup_steps=1, eval_seq_len=32,
+        eval_stride=16, val_batch_size=1024, max_wallclock_seconds=0, gptq_calibration_batches=1,
+        matrix_lr=0.05, ema_decay=0.9)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gpt.log, "handlers", [])
+    monkeypatch.setattr(train_gpt.log, "propagate", True)
+
+    def start(**overrides):
+        capsys.readouterr()
+        with monkeypatch.context() as context:
+            for name, value in (environment | overrides).items():
+                context.setenv(name.upper(), str(value))
+            train_gpt.main()
+        return capsys.readouterr().out.splitlines()
+
+    return start
+
+
+def losses(lines: list[str]) -> dict[str, str]:
+    return dict(re.findall(r"^step:(\d+)/6 train_loss:(\S+)", "\n".join(lines), re.MULTILINE))
+
+
+def final(lines: list[str]) -> list[str]:
+    return [line for line in lines if "_exact" in line]
+
+
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(run, tmp_path):
+    whole = run(artifact="whole.ptz")
+    assert list(losses(whole)) == list("123456") and len(final(whole)) == 2
+    with pytest.MonkeyPatch.context() as patch:  # the power fails in step 6; the checkpoint is of step 4
+        muon_step, steps = train_gpt.Muon.step, []
+
+        def step(*args):
+            steps.append(None)
+            if len(steps) == 1 + 6:  # one is the warm-up
+                raise KeyboardInterrupt
+            return muon_step(*args)
+
+        patch.setattr(train_gpt.Muon, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            run(artifact="half.ptz", checkpoint_every=2)
+    assert not (tmp_path / "half.ptz").exists() and (tmp_path / "whole.ptz").exists()
+    resumed = run(artifact="half.ptz", resume=1)
+    assert losses(resumed) == {step: losses(whole)[step] for step in "56"}
+    assert final(resumed) == final(whole)
+    assert (tmp_path / "half.ptz").read_bytes() == (tmp_path / "whole.ptz").read_bytes()
+
+
+def test_a_checkpoint_of_another_run_is_refused(run):
+    run(checkpoint_every=4)
+    with pytest.raises(ValueError) as error:
+        run(resume=1, matrix_lr=0.01, layout="G S")
+    assert "MATRIX_LR" in str(error.value) and "LAYOUT" in str(error.value) and "SEED" not in str(error.value)
+    run(resume=1, run_id="another_name", author="somebody", checkpoint_every=5)
+
+
+def test_without_a_checkpoint_there_is_nothing_to_resume(run):
+    with pytest.raises(FileNotFoundError, match="checkpoint"):
+        run(resume=1)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one(run, tmp_path, monkeypatch):
+    run(checkpoint_every=6)
+    (path,) = (path for path in tmp_path.iterdir() if "checkpoint" in path.name)
+    before = path.read_bytes()
+
+    def power_cut(content, path, *_):
+        Path(path).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr(torch, "save", power_cut)
+        with pytest.raises(OSError, match="no space"):
+            run(checkpoint_every=2)
+    assert path.read_bytes() == before
+    assert losses(run(resume=1)) == {}

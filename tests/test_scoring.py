@@ -1,0 +1,354 @@
+"""Scoring against brute force: every target once, from its strict prefix, in bits per byte of the real text.
+
+The reference never batches and never slides: it finds for each target alone the tokens that it may see, and
+runs the network on those and nothing after them. Ranks are simulated one after the other.
+"""
+
+import functools
+import math
+
+import brotli
+import numpy as np
+import pytest
+import torch
+from corpus import (
+    BOS,
+    DOCUMENTS,
+    decoded_bytes,
+    document_ids,
+    load,
+    prose,
+    tokenizer_model,
+    write_corpus,
+    write_shard,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_gpt
+from train_gpt import GPT, Validation, score, token_nats, windows
+
+# -----------------------------------------------------------------------------
+# windows
+
+
+def first_visible(target: int, num_targets: int, seq_len: int, stride: int) -> int:
+    """The first token that the prediction of tokens[target + 1] may see; the last is tokens[target].
+
+    Windows end after seq_len targets, then every `stride` further, the last one where the targets end; a
+    target is scored by the first window that reaches it.
+    """
+    end = seq_len
+    while end <= target:
+        end += stride
+    return max(0, min(end, num_targets) - seq_len)
+
+
+def check_windows(num_targets: int, seq_len: int, stride: int) -> None:
+    scored = np.zeros(num_targets, dtype=int)
+    lengths = set()
+    for start, end, first in windows(num_targets, seq_len, stride):
+        assert 0 <= start <= first < end <= num_targets
+        lengths.add(end - start)
+        for target in range(first, end):
+            scored[target] += 1
+            assert start == first_visible(target, num_targets, seq_len, stride)
+            assert start == 0 or target - start >= seq_len - stride
+    assert (scored == 1).all(), "a target is scored twice or not at all"
+    assert lengths == {min(seq_len, num_targets)}, "windows of several shapes"
+
+
+LENGTHS = [1, 2, 63, 64, 65, 70, 71, 127, 128, 129, 191, 521, 1009]
+
+
+@pytest.mark.parametrize("stride", [1, 7, 63, 64], ids="stride_{}".format)
+@pytest.mark.parametrize("num_targets", LENGTHS, ids="targets_{}".format)
+def test_windows_score_each_target_once(num_targets, stride):
+    check_windows(num_targets, 64, stride)
+
+
+@given(num_targets=st.integers(1, 400), seq_len=st.integers(1, 80), data=st.data())
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_windows_of_any_size(num_targets, seq_len, data):
+    check_windows(num_targets, seq_len, data.draw(st.integers(1, seq_len)))
+
+
+# -----------------------------------------------------------------------------
+# score
+
+
+def place_and_context(x, y):
+    """Stands for a model: 'nats' that tell the target's place and where the window that scored it begins.
+
+    For tokens that are their own places.
+    """
+    assert (y == x + 1).all()
+    return (1000 * y + x[:, :1]).float()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1000], ids="rows_{}".format)
+@pytest.mark.parametrize("stride", [1, 7, 16], ids="stride_{}".format)
+@pytest.mark.parametrize("num_targets", [1, 2, 15, 16, 17, 22, 23, 53, 101], ids="targets_{}".format)
+def test_each_target_is_scored_in_its_window(tiny, num_targets, stride, rows):
+    hp = tiny(eval_seq_len=16, eval_stride=stride, val_batch_size=16 * rows)
+    nats = score(place_and_context, torch.arange(num_targets + 1), hp, stride)
+    expected = [1000 * (t + 1) + first_visible(t, num_targets, 16, stride) for t in range(num_targets)]
+    assert nats.dtype == torch.float64 and nats.tolist() == expected
+
+
+def test_the_stride_is_the_argument(tiny):
+    """Not the hyperparameter: the same scorer serves windows that overlap and windows that do not."""
+    hp = tiny(eval_seq_len=16, eval_stride=4)
+    nats = score(place_and_context, torch.arange(50), hp, 16)
+    assert nats.tolist() == [1000 * (t + 1) + first_visible(t, 49, 16, 16) for t in range(49)]
+
+
+def test_no_batch_is_larger_than_asked_for_and_all_have_one_shape(tiny):
+    """14 windows in threes."""
+    shapes = set()
+
+    def nats_of(x, y):
+        shapes.add((x.shape, y.shape))
+        return place_and_context(x, y)
+
+    score(nats_of, torch.arange(102), tiny(eval_seq_len=16, val_batch_size=50), 7)
+    assert shapes == {((3, 16), (3, 16))}
+
+
+def simulated_ranks(monkeypatch, world_size: int, run) -> list:
+    """run() on each rank. Each runs twice: what it contributes, then with the sum of all contributions."""
+    contributions: list[list[torch.Tensor]] = []
+    monkeypatch.setattr(train_gpt, "WORLD_SIZE", world_size)
+
+    def contribute(x, *_):
+        contributions[-1].append(x.clone())
+        return x if x.is_floating_point() else torch.ones_like(x)
+
+    monkeypatch.setattr(train_gpt, "all_reduce", contribute)
+    for rank in range(world_size):
+        contributions.append([])
+        monkeypatch.setattr(train_gpt, "RANK", rank)
+        run()
+    results = []
+    for rank in range(world_size):
+        sums = iter([sum(parts) for parts in zip(*contributions, strict=True)])
+        monkeypatch.setattr(train_gpt, "all_reduce", lambda x, *_, sums=sums: x.copy_(next(sums)))
+        monkeypatch.setattr(train_gpt, "RANK", rank)
+        results.append(run())
+        assert not list(sums), "ranks do not communicate equally often"
+    return results
+
+
+@pytest.fixture
+def tiny_score(tiny, lively):
+    """score() of a model that really uses all of its parts, over documents of random tokens."""
+    hp = tiny(eval_seq_len=48, val_batch_size=96)
+    model = lively(GPT(hp))
+    tokens = torch.randint(2, hp.vocab_size, (150,))
+    tokens[[0, 20, 47, 48, 49, 100, 131]] = BOS
+
+    def run(tokens=tokens, stride=11):
+        return score(functools.partial(token_nats, model), tokens, hp, stride)
+
+    run.model, run.tokens, run.hp = model, tokens, hp
+    return run
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8, 16], ids="ranks_{}".format)
+def test_ranks_find_the_same_bits_as_one(tiny_score, monkeypatch, world_size):
+    """6 batches: on 8 and 16 ranks some have none."""
+    alone = tiny_score()
+    for nats in simulated_ranks(monkeypatch, world_size, tiny_score):
+        assert torch.equal(nats, alone)
+
+
+@pytest.mark.parametrize("stride", [5, 11, 48], ids="stride_{}".format)
+def test_score_is_the_network_on_each_target_alone(tiny_score, stride):
+    tokens, num_targets = tiny_score.tokens, len(tiny_score.tokens) - 1
+    expected = []
+    for t in range(num_targets):
+        seen = tokens[first_visible(t, num_targets, tiny_score.hp.eval_seq_len, stride) : t + 1]
+        with torch.no_grad():
+            logits = tiny_score.model(seen[None])[0, -1].double()
+        expected.append(-logits.log_softmax(-1)[tokens[t + 1]])
+    torch.testing.assert_close(tiny_score(stride=stride), torch.stack(expected), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 30, 59, 60, 149])
+def test_a_score_is_a_normalised_probability(tiny_score, k):
+    """What token k costs is decided before it is seen: the probabilities of all it could be sum to 1."""
+    nats = []
+    for token in range(tiny_score.hp.vocab_size):
+        tokens = tiny_score.tokens.clone()
+        tokens[k] = token
+        nats.append(tiny_score(tokens, stride=24))
+    nats = torch.stack(nats)
+    assert (nats[:, : k - 1] == nats[0, : k - 1]).all(), "a token changed the cost of an earlier one"
+    assert nats[:, k - 1].neg().exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 2, 20, 47, 48, 49, 58, 59, 60, 70, 100, 148, 149])
+def test_later_tokens_change_no_earlier_score(tiny_score, k):
+    """Replace tokens k, k+1, ...: the targets before k cost the same to the last bit."""
+    tokens = tiny_score.tokens.clone()
+    tokens[k:] = 2 + (tokens[k:] + torch.randint(1, 61, tokens[k:].shape)) % 61
+    before, after = tiny_score(), tiny_score(tokens)
+    assert torch.equal(before[: k - 1], after[: k - 1])
+    assert (before[k - 1 :] != after[k - 1 :]).any()
+
+
+@pytest.mark.parametrize("k", [1, 21, 48, 60, 120])
+def test_a_token_is_used_by_what_follows_in_its_document(tiny_score, k):
+    """The other side of the test above. In the next document nothing is left of it but rounding."""
+    tokens = tiny_score.tokens.clone()
+    tokens[k] = 2 + (tokens[k] + 1) % 61
+    change = (tiny_score() - tiny_score(tokens)).abs()
+    document_end = next(bos for bos in (20, 47, 48, 49, 100, 131, 150) if bos > k)
+    assert change[k] > 1e-3, "the target after token k does not depend on it"
+    assert not change[: k - 1].any()
+    assert (change[document_end:] < 1e-4).all(), "it reached into the next document"
+
+
+def test_a_target_scored_twice_is_noticed(tiny, monkeypatch):
+    hp = tiny(eval_seq_len=16)
+    monkeypatch.setattr(train_gpt, "windows", lambda n, *_: [(0, 16, 0), (8, 24, 14), (n - 16, n, 24)])
+    with pytest.raises(AssertionError, match="once"):
+        score(place_and_context, torch.arange(35), hp, 8)
+
+
+def test_a_target_left_out_is_noticed(tiny, monkeypatch):
+    hp = tiny(eval_seq_len=16)
+    monkeypatch.setattr(train_gpt, "windows", lambda n, *_: [(0, 16, 0), (16, 32, 16)])
+    with pytest.raises(AssertionError, match="once"):
+        score(place_and_context, torch.arange(35), hp, 16)
+
+
+@pytest.fixture(scope="module")
+def text_ids():
+    sp = load(tokenizer_model())
+    return torch.tensor(document_ids(sp, *prose())), sp.vocab_size()
+
+
+def test_more_context_does_not_hurt(tiny, text_ids):
+    """A trained model scores better with a sliding window. One that sees the future scores worse: what it
+    learnt to read off later tokens is missing at the end of each window, where the sliding window scores."""
+    ids, vocab_size = text_ids
+    hp = tiny(vocab_size=vocab_size, layout="G A", ngram_vocab_size=0, eval_seq_len=32, val_batch_size=1024)
+    model = GPT(hp)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(60):
+        starts = 900 * step + torch.arange(0, 512, 32)
+        index = starts[:, None] + torch.arange(32)
+        loss = token_nats(model, ids[index], ids[index + 1]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    held_out = ids[-800:]
+    nats_of = functools.partial(token_nats, model)
+    slid, apart = (score(nats_of, held_out, hp, stride).mean() for stride in (4, 32))
+    assert apart < math.log(vocab_size) - 1, "it learnt something"
+    assert slid < apart + 1e-3
+
+
+# -----------------------------------------------------------------------------
+# bits per byte
+
+
+@pytest.fixture
+def validation(tmp_path, tiny) -> Validation:
+    return Validation(tiny(**write_corpus(tmp_path)))
+
+
+def read_tokens(validation) -> list[int]:
+    """What write_corpus put into the validation shard, read here."""
+    return np.concatenate([np.fromfile(path, "<u2")[512:] for path in validation.paths]).tolist()
+
+
+def test_validation_counts_the_bytes_of_the_text(validation):
+    ids = read_tokens(validation)
+    assert validation.tokens.tolist() == ids
+    assert validation.bytes == decoded_bytes(validation.sp, ids) == validation.target_bytes.sum()
+    assert len(validation.target_bytes) == len(ids) - 1
+    assert validation.documents == ids.count(BOS) > 1
+
+
+def test_validation_reads_all_shards(tmp_path, tiny):
+    hp = tiny(**write_corpus(tmp_path))
+    alone = Validation(hp)
+    text = "Another document, in another shard."
+    write_shard(tmp_path / "fineweb_val_000001.bin", document_ids(alone.sp, text))
+    both = Validation(hp)
+    assert both.bytes == alone.bytes + len(text)
+    assert both.documents == alone.documents + 1
+
+
+def test_loss_and_bpb_by_hand(validation):
+    nats = torch.rand(len(validation.target_bytes), dtype=torch.float64)
+    loss, bpb = validation.loss_and_bpb(nats)
+    text_bytes = decoded_bytes(validation.sp, read_tokens(validation))
+    assert loss == pytest.approx(math.fsum(nats.tolist()) / len(nats), rel=1e-12)
+    assert bpb == pytest.approx(math.fsum(n / math.log(2) for n in nats.tolist()) / text_bytes, rel=1e-12)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(vocab_size=345), dict(vocab_size=1000, multilingual=True)],
+                         ids=["384", "345", "1000_multilingual"])
+def test_a_uniform_model_needs_the_logarithm_of_the_vocabulary(tmp_path, tiny, options):
+    """log2(V) bits a token, and the bytes a token has with this tokenizer: no constant of another one."""
+    sp = load(tokenizer_model(**options))
+    (tmp_path / "t.model").write_bytes(tokenizer_model(**options))
+    ids = document_ids(sp, *list(DOCUMENTS.values()), *prose()[:5])
+    write_shard(tmp_path / "fineweb_val_000000.bin", ids)
+    V = sp.vocab_size()
+    hp = tiny(data_path=str(tmp_path), tokenizer_path=str(tmp_path / "t.model"), vocab_size=V)
+    validation = Validation(hp)
+    uniform = functools.partial(token_nats, lambda x: torch.zeros(*x.shape, V))
+    nats = score(uniform, validation.tokens, hp, 16)
+    bytes_per_token = decoded_bytes(sp, ids) / (len(ids) - 1)
+    assert validation.loss_and_bpb(nats)[1] == pytest.approx(math.log2(V) / bytes_per_token, rel=1e-6)
+
+
+def test_the_reference_is_what_brotli_needs_for_the_text(validation):
+    ids = read_tokens(validation)
+    starts = [i for i, token in enumerate(ids) if token == BOS] + [len(ids)]
+    text = "".join(validation.sp.decode(ids[a:b]) for a, b in zip(starts, starts[1:], strict=False)).encode()
+    bits = 8 * len(brotli.compress(text, quality=11, lgwin=24))
+    assert validation.brotli_bpb() == pytest.approx(bits / len(text), rel=0.01)
+    assert 1 < validation.brotli_bpb() < 5
+
+
+WRONG_TABLES = {
+    "space_twice": lambda base, space, boundary: (base + space, space, boundary),
+    "space_never": lambda base, space, boundary: (base, space & False, boundary),
+    "control_counted": lambda base, space, boundary: (base + boundary, space, boundary),
+    "no_boundary": lambda base, space, boundary: (base, space | boundary, boundary & False),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_TABLES)
+def test_a_wrong_byte_table_is_noticed(tmp_path, tiny, monkeypatch, wrong):
+    """By decoding the text, when brotli needs it anyway."""
+    right = train_gpt.build_sentencepiece_luts
+    monkeypatch.setattr(train_gpt, "build_sentencepiece_luts",
+                        lambda *args: train_gpt.ByteLuts(*WRONG_TABLES[wrong](*right(*args))))
+    with pytest.raises(AssertionError, match="bytes"):
+        Validation(tiny(**write_corpus(tmp_path))).brotli_bpb()
+
+
+def test_only_the_official_split_is_official(validation):
+    assert not validation.is_official
+    for documents, size, official in [
+        (50_000, 151_080_000, True), (50_000, 151_020_000, True), (50_000, 151_090_000, True),
+        (49_999, 151_080_000, False), (10_000, 151_080_000, False), (50_000, 164_594_398, False),
+        (50_000, 176_332_748, False), (50_000, 151_019_999, False), (50_000, 151_090_001, False),
+    ]:
+        validation.documents, validation.bytes = documents, size
+        assert validation.is_official is official
+
+
+@pytest.mark.parametrize("ids, error", [([BOS], "2"), ([BOS, 5000, 6], "5000"), ([5, 6, 7], "BOS")],
+                         ids=["one_token", "outside_vocabulary", "no_document"])
+def test_a_validation_split_that_cannot_be_scored_is_refused(tmp_path, tiny, ids, error):
+    hp = tiny(**write_corpus(tmp_path))
+    write_shard(tmp_path / "fineweb_val_000000.bin", ids)
+    with pytest.raises(ValueError, match=f"fineweb_val_000000.bin.*{error}"):
+        Validation(hp)
