@@ -26,6 +26,7 @@ import bisect
 import collections
 import copy
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -207,9 +208,9 @@ def parse_layout(layout: str) -> list[tuple[str, int]]:
     """
     blocks: list[tuple[str, int]] = []
     for part in layout.split():
-        match = re.fullmatch(r"([GSA])(\d{,2})(?:=(\d+))?", part)
-        if not match or match[2] == "0":
-            raise ValueError(f"LAYOUT={layout!r}: {part!r} is not G, S or A with an optional count and =block")
+        match = re.fullmatch(r"([GSA])([1-9]\d?)?(?:=(\d+))?", part)
+        if not match:
+            raise ValueError(f"LAYOUT={layout!r}: {part!r} is not G, S or A with an optional count to 99 and =block")
         for _ in range(int(match[2] or 1)):
             owner = int(match[3]) if match[3] else len(blocks)
             if match[3] and (owner >= len(blocks) or blocks[owner] != (match[1], owner)):
@@ -437,7 +438,7 @@ def gated_delta_rule(q, k, v, g, beta, initial_state=None) -> tuple[Tensor, Tens
     """
     B, _, H, K = k.shape
     if initial_state is None:
-        initial_state = torch.zeros(B, H, K, v.shape[-1], dtype=torch.float32, device=k.device)
+        initial_state = k.new_zeros(B, H, K, v.shape[-1], dtype=torch.float32)
     if k.is_cuda:
         o, final_state, _, _ = fla_gated_delta_rule(q, k, v, g, beta, initial_state)
         return o, final_state
@@ -459,10 +460,11 @@ def torch_gated_delta_rule(q, k, v, g, beta, initial_state, chunk: int = 32) -> 
     dtype = v.dtype
     q, k, v = map(chunks, (q, k, v))
     g, beta = (chunks(x.unsqueeze(-1)).squeeze(-1) for x in (g, beta))
-    g = g.cumsum(-1)
-    future = torch.ones(C, C, dtype=torch.bool, device=k.device).triu(1)
-    decay = (g.unsqueeze(-1) - g.unsqueeze(-2)).masked_fill(future, -torch.inf).exp()  # from column's to row's token
-    from_start = g.exp().unsqueeze(-1)
+    # decay from the column's token to the row's, each summed from its own column: a difference of two sums from the
+    # chunk's start would let the rounding of an earlier document into a later one
+    past = torch.ones(C, C, dtype=torch.bool, device=k.device).tril(-1)
+    decay = (g.unsqueeze(-1) * past).cumsum(-2).masked_fill(past.mT, -torch.inf).exp()
+    from_start = g.cumsum(-1).exp().unsqueeze(-1)
     # the writes of a chunk solve (I + A) U = beta V: each sees what the earlier ones wrote along its key
     A = (k @ k.mT) * (decay * beta.unsqueeze(-1))
     eye = torch.eye(C, dtype=A.dtype, device=A.device).expand_as(A)
@@ -836,7 +838,7 @@ def polar_express(G: Tensor, steps: int = 5) -> Tensor:
     X = G.to(COMPUTE_DTYPE)
     if G.shape[-2] > G.shape[-1]:
         X = X.mT
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    X = F.normalize(X, dim=(-2, -1), eps=1e-7)
     for a, b, c in (POLAR_EXPRESS + POLAR_EXPRESS[-1:] * max(0, steps - 5))[:steps]:
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
@@ -856,19 +858,15 @@ class Muon:
             kinds[model.kinds[name]].append(p)
         self.adam_params = kinds["embed"] + kinds["scalar"]
         self.adamw = torch.optim.AdamW(
-            [dict(params=kinds["embed"], lr=hp.tied_embed_lr, weight_decay=hp.embed_wd),
-             dict(params=kinds["scalar"], lr=hp.scalar_lr, weight_decay=0.0)],
+            [dict(params=kinds["embed"], base_lr=hp.tied_embed_lr, weight_decay=hp.embed_wd),
+             dict(params=kinds["scalar"], base_lr=hp.scalar_lr, weight_decay=0.0)],
             betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=DEVICE.type == "cuda")
-        self.base_lrs = [group["lr"] for group in self.adamw.param_groups]
         self.stacks: dict[tuple[int, int], list[Tensor]] = collections.defaultdict(list)
         for p in kinds["matrix"]:
             self.stacks[tuple(p.shape)].append(p)
-        self.momentum = {shape: torch.zeros(self.share(ps), *shape, device=DEVICE) for shape, ps in self.stacks.items()}
-
-    @staticmethod
-    def share(params: list[Tensor]) -> int:
-        """Matrices of a stack per rank."""
-        return -(-len(params) // WORLD_SIZE)
+        # momentum of this rank's share of each stack
+        self.momentum = {shape: torch.zeros(-(-len(params) // WORLD_SIZE), *shape, device=DEVICE)
+                         for shape, params in self.stacks.items()}
 
     @torch.no_grad()
     def reduce_gradients(self) -> tuple[dict, Tensor]:
@@ -889,15 +887,15 @@ class Muon:
     def step(self, lr_multiplier: float, momentum: float) -> Tensor:
         """One update from the gradients in .grad, which it clears. Returns the gradient norm before clipping."""
         stacks, grad_norm = self.reduce_gradients()
-        for group, lr in zip(self.adamw.param_groups, self.base_lrs, strict=True):
-            group["lr"] = lr * lr_multiplier
+        for group in self.adamw.param_groups:
+            group["lr"] = group["base_lr"] * lr_multiplier
         self.adamw.step()
         lr = self.hp.matrix_lr * lr_multiplier
         for shape, params in self.stacks.items():
             update = self.orthogonal_update(stacks[shape], self.momentum[shape], momentum)
             torch._foreach_mul_(params, 1 - lr * self.hp.muon_wd)
             torch._foreach_add_(params, update[: len(params)].float().unbind(), alpha=-lr)
-        for p in (*self.adam_params, *(p for params in self.stacks.values() for p in params)):
+        for p in itertools.chain(self.adam_params, *self.stacks.values()):
             p.grad = None
         return grad_norm
 
@@ -907,7 +905,7 @@ class Muon:
         grads = F.pad(grads, (0, 0, 0, 0, 0, share * WORLD_SIZE - len(grads)))[RANK * share :][:share]
         buffer.mul_(momentum).add_(grads)
         update = grads + momentum * buffer  # Nesterov
-        update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)  # MuonEq-R: rows of equal length first
+        update = F.normalize(update, dim=-1, eps=1e-7)  # MuonEq-R: rows of equal length first
         update = polar_express(update, self.hp.muon_backend_steps) * max(1, rows / cols) ** 0.5
         if WORLD_SIZE == 1:
             return update
@@ -933,8 +931,7 @@ def training_progress(hp: Hyperparameters, step: int, seconds: float) -> float:
 
 def lr_multiplier(hp: Hyperparameters, progress: float) -> float:
     """1, then linear to 0 over the last WARMDOWN_FRAC, but not below MIN_LR."""
-    remaining = 1.0 - progress
-    return max(remaining / hp.warmdown_frac, hp.min_lr) if remaining < hp.warmdown_frac else 1.0
+    return min(1.0, max((1.0 - progress) / max(hp.warmdown_frac, 1e-9), hp.min_lr))
 
 
 def muon_momentum(hp: Hyperparameters, progress: float) -> float:
@@ -1270,11 +1267,11 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
     if hp.resume:
         step, seconds, position = load_checkpoint(path, hp, state, optimizer.adamw).values()
         log.info(f"resumed step:{step}/{hp.iterations} train_time:{1000 * seconds:.0f}ms position:{position}")
-    loader = TrainLoader(stream, hp, position)
     if hp.max_wallclock_seconds > 0:
         log.info(f"gptq:reserving {hp.gptq_reserve_seconds:g}s, effective={1000 * train_budget(hp):.0f}ms")
     recent = collections.deque(maxlen=10)  # seconds of the last steps: the next one must fit into the budget
     start = time.perf_counter() - seconds  # moved forward by what does not count; every step ends in sync with the GPU
+    loader = TrainLoader(stream, hp, position)
     while True:
         # all ranks follow the slowest one's clock, or they would stop, and anneal, at different steps
         seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=DEVICE)

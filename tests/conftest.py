@@ -1,7 +1,7 @@
 """What all tests share: the repository root on the path, CPU arithmetic that repeats, tiny models.
 
-Tests marked `cuda` run on the GPU and are skipped without one; all others run on the CPU, in float32, also on a
-machine that has a GPU.
+Tests marked `cuda` run on the GPU and are skipped without one; all others run on the CPU, in float32, also on
+a machine that has a GPU.
 """
 
 import sys
@@ -16,10 +16,12 @@ sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402  (the path comes first)
 
 TINY = dict(
-    vocab_size=64, train_batch_tokens=256, train_seq_len=64, grad_accum_steps=1, layout="G2 S G S=2", model_dim=32,
-    mlp_mult=2.0, gdn_heads=2, gdn_head_dim=16, num_heads=2, num_kv_heads=1, head_dim=16, window_size=16, rope_dims=8,
-    ngram_vocab_size=128, ngram_dim=16, smear_dims=8, tied_embed_init_std=0.5, iterations=10, max_wallclock_seconds=0.0,
-    gptq_reserve_seconds=0.0, warmup_steps=1, eval_seq_len=64, eval_stride=16, val_batch_size=256,
+    vocab_size=64, train_batch_tokens=256, train_seq_len=64, grad_accum_steps=1,
+    layout="G2 S G S=2", model_dim=32, mlp_mult=2.0, gdn_heads=2, gdn_head_dim=16,
+    num_heads=2, num_kv_heads=1, head_dim=16, window_size=16, rope_dims=8,
+    ngram_vocab_size=128, ngram_dim=16, smear_dims=8, tied_embed_init_std=0.5,
+    iterations=10, max_wallclock_seconds=0.0, gptq_reserve_seconds=0.0, warmup_steps=1,
+    eval_seq_len=64, eval_stride=16, val_batch_size=256,
 )
 
 
@@ -58,12 +60,12 @@ def tiny():
 
 @pytest.fixture
 def lively():
-    """lively(model) -> the model, its zero weights replaced by random ones so that nothing hides behind a zero."""
+    """lively(model) -> the model with noise on all weights: nothing hides behind a zero or a one."""
 
-    def enliven(model, std=0.2):
+    def enliven(model):
         with torch.no_grad():
             for p in model.parameters():
-                p.copy_(torch.where(p == 0, std * torch.randn_like(p), p))
+                p.add_(torch.where(p == 0, 0.2, 0.1) * torch.randn_like(p))
         return model
 
     return enliven
