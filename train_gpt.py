@@ -228,8 +228,8 @@ PRESETS: dict[str, dict] = {
         data_path="./data/datasets/demo", tokenizer_path="./data/tokenizers/demo_1024_bpe.model",
         train_batch_tokens=2048, train_seq_len=512, grad_accum_steps=1, eval_seq_len=512, val_batch_size=4096,
         layout="G2 S G2 S=2", model_dim=128, gdn_heads=2, num_heads=2, num_kv_heads=1, window_size=256,
-        ngram_vocab_size=4096, ngram_dim=64, max_wallclock_seconds=150.0, gptq_reserve_seconds=3.0, warmup_steps=2,
-        ema_decay=0.95, train_log_every=50, gptq_calibration_batches=32, matrix_clip_sigmas=6.0,
+        ngram_vocab_size=4096, ngram_dim=64, max_wallclock_seconds=150.0, gptq_reserve_seconds=6.0, warmup_steps=2,
+        ema_decay=0.95, train_log_every=50, gptq_calibration_batches=24, matrix_clip_sigmas=6.0,
         embed_clip_sigmas=12.0,
     ),
 }

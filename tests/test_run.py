@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece as spm
+
 import train_gpt
 
 ROOT = Path(__file__).resolve().parent.parent
