@@ -137,9 +137,7 @@ class Hyperparameters:
     @classmethod
     def from_env(cls, env, base=None) -> "Hyperparameters":
         """PRESET (or `base`, a Hyperparameters), then one override per field.
-
-        Raises: ValueError naming the variable, what was found and what was expected.
-        """
+        Raises: ValueError naming the variable, what was found and what was expected."""
         preset = env.get("PRESET", "record")
         if preset not in PRESETS:
             raise ValueError(f"PRESET={preset!r}: expected one of {', '.join(PRESETS)}")
@@ -200,12 +198,9 @@ def config_of(hp: Hyperparameters) -> dict:
 
 def parse_layout(layout: str) -> list[tuple[str, int]]:
     """'G5 S G5 S=5' -> one (kind, owner) per block; owner is the block whose mixer weights it uses.
-
     G = Gated DeltaNet, S = sliding-window attention, A = full causal attention; a number repeats, `=i` reuses the
     mixer of block i (counted from 0), which must be of the same kind.
-
-    Raises: ValueError naming LAYOUT and the offending part.
-    """
+    Raises: ValueError naming LAYOUT and the offending part."""
     blocks: list[tuple[str, int]] = []
     for part in layout.split():
         match = re.fullmatch(r"([GSA])([1-9]\d?)?(?:=(\d+))?", part)
@@ -273,9 +268,8 @@ def init_log(hp: Hyperparameters) -> None:
     path = Path("logs") / f"{hp.run_id}.txt"
     path.parent.mkdir(exist_ok=True)
     gpus = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout if DEVICE.type == "cuda" else "no GPU"
-    rule = "=" * 100
-    path.write_text("\n".join([Path(__file__).read_text(), rule, f"Running Python {sys.version}",
-                               f"Running PyTorch {torch.__version__}", gpus, rule, ""]))
+    versions = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}\n{gpus}"
+    path.write_text(f"\n{'=' * 100}\n".join([Path(__file__).read_text(), versions, ""]))
     log.addHandler(logging.FileHandler(path))
     log.info(path)
 
@@ -294,13 +288,10 @@ class ByteLuts(NamedTuple):
 
 def build_sentencepiece_luts(sp: spm.SentencePieceProcessor, vocab_size: int, device) -> ByteLuts:
     """Bytes of each piece as the competition counts them: int32 [V], bool [V], bool [V].
-
     Control, unknown and unused pieces are 0 bytes and a boundary; byte-fallback pieces are 1; any other piece is its
     UTF-8 length without its leading U+2581, the space itself is added by `token_bytes`, and only there.
-
     Raises: ValueError if the tokenizer has another size, another BOS, or no U+2581 piece of its own (each space would
-    then be three byte pieces).
-    """
+    then be three byte pieces)."""
     if sp.vocab_size() != vocab_size or sp.bos_id() != BOS_ID:
         raise ValueError(f"TOKENIZER_PATH: {sp.vocab_size()} pieces and BOS {sp.bos_id()}, "
                          f"expected VOCAB_SIZE={vocab_size} and BOS {BOS_ID}")
@@ -333,7 +324,6 @@ MAGIC, VERSION = 20240520, 1  # of the competition's shards
 
 def load_data_shard(path) -> Tensor:
     """Memory-mapped tokens of one shard, uint16 [count].
-
     Raises: FileNotFoundError, or ValueError naming the file if magic, version, count or size are not as they must be.
     """
     size = os.path.getsize(path)
@@ -366,9 +356,7 @@ class TokenStream:
 
     def read(self, start: int, count: int) -> Tensor:
         """Tokens start .. start+count-1 of the ring, int64 [count].
-
-        Raises: ValueError naming the shard that holds an id outside the vocabulary.
-        """
+        Raises: ValueError naming the shard that holds an id outside the vocabulary."""
         pieces = []
         while count > 0:
             start %= len(self)
@@ -431,11 +419,9 @@ def grad_accum_steps(hp: Hyperparameters) -> int:
 
 def gated_delta_rule(q, k, v, g, beta, initial_state=None) -> tuple[Tensor, Tensor]:
     """S <- exp(g) S; S <- S + beta k (v - S^T k)^T; o = S^T q / sqrt(K), per token and head (arXiv:2412.06464).
-
     q, k: [B, T, H, K], normalised. v: [B, T, H, V]. g: [B, T, H], log decay <= 0. beta: [B, T, H].
     initial_state: [B, H, K, V] float32, zeros if None.
-    Returns o: [B, T, H, V] in v's dtype and the final state: [B, H, K, V] float32.
-    """
+    Returns o: [B, T, H, V] in v's dtype and the final state: [B, H, K, V] float32."""
     B, _, H, K = k.shape
     if initial_state is None:
         initial_state = k.new_zeros(B, H, K, v.shape[-1], dtype=torch.float32)
@@ -447,9 +433,7 @@ def gated_delta_rule(q, k, v, g, beta, initial_state=None) -> tuple[Tensor, Tens
 
 def torch_gated_delta_rule(q, k, v, g, beta, initial_state, chunk: int = 32) -> tuple[Tensor, Tensor]:
     """The chunked (WY) form in plain torch: only the state passes from chunk to chunk, the rest is batched.
-
-    float32 inside, or float64 for float64 inputs. 32 is the fastest chunk on a CPU at K = V = 64.
-    """
+    float32 inside, or float64 for float64 inputs. 32 is the fastest chunk on a CPU at K = V = 64."""
     B, T, H, K = k.shape
     C, N = chunk, -(-T // chunk)
 
@@ -520,14 +504,11 @@ def save_for_delta_backward(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, output[2], beta, output[3], initial_state)
 
 
-def empty(*like: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in like)
-
-
-fla_gated_delta_rule.register_fake(
-    lambda q, k, v, g, beta, initial_state: empty(v, initial_state, g) + (k.new_empty(*k.shape[:3], 64),))
-fla_gated_delta_rule_backward.register_fake(
-    lambda q, k, v, g_sum, beta, A, initial_state, do, d_state: empty(q, k, v, g_sum, beta, initial_state))
+fla_gated_delta_rule.register_fake(lambda q, k, v, g, beta, initial_state: (
+    v.new_empty(v.shape), initial_state.new_empty(initial_state.shape), g.new_empty(g.shape),
+    k.new_empty(*k.shape[:3], 64)))
+fla_gated_delta_rule_backward.register_fake(lambda q, k, v, g_sum, beta, A, initial_state, do, d_state: tuple(
+    x.new_empty(x.shape) for x in (q, k, v, g_sum, beta, initial_state)))
 fla_gated_delta_rule.register_autograd(
     lambda ctx, do, d_state, *_: fla_gated_delta_rule_backward(*ctx.saved_tensors, do, d_state),
     setup_context=save_for_delta_backward)
@@ -535,10 +516,8 @@ fla_gated_delta_rule.register_autograd(
 
 def window_attention(q, k, v, window: int, doc=None) -> Tensor:
     """Causal attention inside documents: token t sees t-window+1 .. t, as far as they have its document number.
-
     q: [B, T, H, D]. k, v: [B, T, Hkv, D], Hkv divides H. doc: [B, T], rising along T; None = one document a row.
-    Returns [B, T, H, D].
-    """
+    Returns [B, T, H, D]."""
     if doc is None:
         doc = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device)
     return (varlen_window_attention if q.is_cuda else masked_window_attention)(q, k, v, window, doc)
@@ -832,9 +811,7 @@ POLAR_EXPRESS = (
 
 def polar_express(G: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrices, nearly: singular values in [1e-3, 1] of the norm go to [0.859, 1.141].
-
-    G: [..., rows, cols]. Steps after the fifth repeat the last tuple. Returns G's shape, in COMPUTE_DTYPE.
-    """
+    G: [..., rows, cols]. Steps after the fifth repeat the last tuple. Returns G's shape, in COMPUTE_DTYPE."""
     X = G.to(COMPUTE_DTYPE)
     if G.shape[-2] > G.shape[-1]:
         X = X.mT
@@ -847,9 +824,7 @@ def polar_express(G: Tensor, steps: int = 5) -> Tensor:
 
 class Muon:
     """Owns every parameter: Muon (arXiv:2502.16982) for the matrices, AdamW for the rest. No DDP: it reduces gradients.
-
-    Matrices of a shape are stacked; each rank orthogonalises its share of the stack and the updates are gathered.
-    """
+    Matrices of a shape are stacked; each rank orthogonalises its share of the stack and the updates are gathered."""
 
     def __init__(self, model: nn.Module, hp: Hyperparameters):
         self.hp = hp
@@ -963,10 +938,8 @@ def load_checkpoint(path: str, hp: Hyperparameters, tensors: list[Tensor], adamw
 
 def collect_hessians(model: GPT, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """X^T X of every matrix's input over `batches`, float32 [cols, cols], summed over ranks, by parameter name.
-
     The n-gram table is looked up, not multiplied: the error of its rows reaches the model through the projection P,
-    so its quadratic form is P^T P.
-    """
+    so its quadratic form is P^T P."""
     names = {id(p): name for name, p in model.named_parameters()}
     hessians = {}
 
@@ -992,10 +965,8 @@ def collect_hessians(model: GPT, batches: list[tuple[Tensor, Tensor]]) -> dict[s
 
 def gptq_quantize(W: Tensor, H: Tensor, bits: int, clip_sigmas: float) -> tuple[Tensor, Tensor]:
     """GPTQ (arXiv:2210.17323) with activation order; scale of a row = clip_sigmas * std / qmax (SDClip).
-
     W: [rows, cols] float32. H: [cols, cols], X^T X of the inputs. With the identity this is round-to-nearest.
-    Returns q: int8 [rows, cols] in [-qmax, qmax], scale: float16 [rows]; W is about q * scale.
-    """
+    Returns q: int8 [rows, cols] in [-qmax, qmax], scale: float16 [rows]; W is about q * scale."""
     qmax = 2 ** (bits - 1) - 1
     scale = (clip_sigmas * W.std(dim=1) / qmax).clamp_min(2**-24).half()  # rounded first: the loader sees float16
     s = scale.float().unsqueeze(1)
@@ -1024,9 +995,7 @@ def gptq_quantize(W: Tensor, H: Tensor, bits: int, clip_sigmas: float) -> tuple[
 @torch.no_grad()
 def quantize(model: GPT, hp: Hyperparameters, hessians: dict[str, Tensor] | None = None) -> dict:
     """(q, scale) of every matrix and embedding by name; without Hessians by rounding to nearest.
-
-    Raises: KeyError for a matrix that has no Hessian.
-    """
+    Raises: KeyError for a matrix that has no Hessian."""
     precision = {"matrix": (hp.matrix_bits, hp.matrix_clip_sigmas), "embed": (hp.embed_bits, hp.embed_clip_sigmas)}
     quantized = {}
     for name, p in model.named_parameters():
@@ -1068,9 +1037,6 @@ CODECS = {  # compress(bytes), decompress(bytes, size)
 }
 
 
-CODEC_ERRORS = (brotli.error, zstandard.ZstdError)
-
-
 def tensor_table(model: GPT) -> list[list]:
     """[name, shape, quantized?] of every tensor of an artifact, in its order; shared weights stand once."""
     return [[name, list(p.shape), model.kinds[name] != "scalar"] for name, p in model.named_parameters()]
@@ -1097,9 +1063,7 @@ def save_artifact(path, model: GPT, hp: Hyperparameters, quantized: dict | None 
 
 def load_artifact(path, device) -> tuple[GPT, Hyperparameters]:
     """A fresh model with the artifact's weights, and the hyperparameters it was trained with.
-
-    Raises: FileNotFoundError, or ValueError naming the file and what is wrong with it.
-    """
+    Raises: FileNotFoundError, or ValueError naming the file and what is wrong with it."""
     raw = Path(path).read_bytes()
     if len(raw) < ARTIFACT_HEADER.size or not raw.startswith(ARTIFACT_MAGIC):
         raise ValueError(f"{path}: not an artifact of this program (no {ARTIFACT_MAGIC!r} at its start)")
@@ -1120,7 +1084,8 @@ def load_artifact(path, device) -> tuple[GPT, Hyperparameters]:
         halves = [shape[0] if is_int else math.prod(shape) for _, shape, is_int in table]
         if head["tensors"] != table or not len(body) == body_size == end + sum(ints) + 2 * sum(halves):
             raise ValueError("its tensors are not those of the model it describes")
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, struct.error, *CODEC_ERRORS) as error:
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, struct.error,
+            brotli.error, zstandard.ZstdError) as error:
         raise ValueError(f"{path}: damaged: {error}") from None
     model = GPT(hp)
     q = iter(torch.frombuffer(bytearray(body[end : end + sum(ints)]), dtype=torch.int8).split(ints))
@@ -1138,10 +1103,8 @@ def load_artifact(path, device) -> tuple[GPT, Hyperparameters]:
 
 def windows(num_targets: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
     """(start, end, first) of each window: it reads tokens start .. end-1 and scores targets first .. end-1.
-
     Target i is token i+1. All windows have the same length; each target is scored once, with at least
-    seq_len - stride tokens before it, except in the first window.
-    """
+    seq_len - stride tokens before it, except in the first window."""
     end = min(seq_len, num_targets)
     plan = [(0, end, 0)]
     while end < num_targets:
@@ -1153,9 +1116,7 @@ def windows(num_targets: int, seq_len: int, stride: int) -> list[tuple[int, int,
 @torch.no_grad()
 def score(nats_of, tokens: Tensor, hp: Hyperparameters, stride: int) -> Tensor:
     """-ln p of every target tokens[1:], float64 [N-1], each exactly once, the same on any number of ranks.
-
-    nats_of: (x [B, T], y [B, T]) -> [B, T], as token_nats with its model. tokens: int64 [N] on DEVICE.
-    """
+    nats_of: (x [B, T], y [B, T]) -> [B, T], as token_nats with its model. tokens: int64 [N] on DEVICE."""
     num_targets = len(tokens) - 1
     nats = torch.zeros(num_targets, dtype=torch.float64, device=tokens.device)
     count = torch.zeros(num_targets, dtype=torch.int32, device=tokens.device)
@@ -1192,7 +1153,7 @@ class Validation:
 
     @property
     def is_official(self) -> bool:
-        """The first 50,000 FineWeb documents, 151.02 to 151.09 million bytes under any of the tokenizers."""
+        """The first 50,000 FineWeb documents: 151.02 to 151.09 million bytes under any of the tokenizers."""
         return self.documents == 50_000 and 151_020_000 <= self.bytes <= 151_090_000
 
     def loss_and_bpb(self, nats: Tensor) -> tuple[float, float]:
@@ -1207,6 +1168,7 @@ class Validation:
         text = b"".join(self.sp.decode(ids[a:b]).encode() for a, b in zip(starts, starts[1:], strict=False))
         assert len(text) == self.bytes, f"the byte table counts {self.bytes} bytes, the decoded text has {len(text)}"
         return 8 * len(brotli.compress(text, quality=11, lgwin=24)) / len(text)
+
 
 # -----------------------------------------------------------------------------
 # 12. Training
@@ -1252,9 +1214,7 @@ def warm_up(hp: Hyperparameters, model: GPT, nats_of) -> None:
 
 def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Validation) -> dict:
     """Trains inside the budget, leaves the averaged weights in the model and returns the Hessians and the figures.
-
-    Raises: FloatingPointError when the loss is not finite, before anything is written.
-    """
+    Raises: FloatingPointError when the loss is not finite, before anything is written."""
     log.info(f"train_loader:dataset:{os.path.basename(os.path.normpath(hp.data_path))} "
              f"train_shards:{len(stream.paths)} tokens:{len(stream)} grad_accum_steps:{grad_accum_steps(hp)}")
     nats_of = scorer(model)
