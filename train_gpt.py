@@ -1133,6 +1133,8 @@ def score(nats_of, tokens: Tensor, hp: Hyperparameters, stride: int) -> Tensor:
         count.index_add_(0, index[scored], torch.ones_like(index[scored], dtype=torch.int32))
     all_reduce(nats)  # every target is zero on all ranks but one: the sum is exact
     assert (all_reduce(count) == 1).all(), "a validation target was not scored exactly once"
+    if not nats.isfinite().all():
+        raise FloatingPointError(f"{(~nats.isfinite()).sum()} of {num_targets} validation scores are not finite")
     return nats
 
 

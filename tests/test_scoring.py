@@ -209,6 +209,16 @@ def test_a_token_is_used_by_what_follows_in_its_document(tiny_score, k):
     assert (change[document_end:] < 1e-4).all(), "it reached into the next document"
 
 
+def test_a_score_that_is_not_finite_is_an_error(tiny):
+    tokens = torch.arange(2, 40)
+
+    def nats_of(x, y):
+        return torch.where(y == 30, torch.nan, 1.0)
+
+    with pytest.raises(FloatingPointError, match="1 of 37"):
+        score(nats_of, tokens, tiny(), 16)
+
+
 def test_a_target_scored_twice_is_noticed(tiny, monkeypatch):
     hp = tiny(eval_seq_len=16)
     monkeypatch.setattr(train_gpt, "windows", lambda n, *_: [(0, 16, 0), (8, 24, 14), (n - 16, n, 24)])
