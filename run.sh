@@ -36,8 +36,11 @@ if [ "$gpus" = 0 ]; then
 fi
 if [ -z "${DATA_PATH:-}" ]; then
     # stats.json is written last: a folder without it is not complete, and prepare.py goes on where it stopped
-    if [ "${PRESET:-record}" = demo ]; then dataset=demo source=--demo; else dataset=fineweb10B_sp1024 source="--variant sp1024"; fi
+    dataset=fineweb10B_sp1024 source="--variant sp1024"
+    [ "${PRESET:-record}" = demo ] && dataset=demo source=--demo
     [ -e "data/datasets/$dataset/stats.json" ] || "$python" data/prepare.py $source
 fi
-nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
+nproc=1  # 8, 4 or 2 processes share the batch evenly; the demo's is too small to share
+for n in 2 4 8; do [ "$gpus" -ge $n ] && [ "${PRESET:-record}" != demo ] && nproc=$n; done
+nproc=${NPROC:-$nproc}
 exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" train_gpt.py

@@ -5,7 +5,7 @@
     PRESET=demo torchrun --standalone --nproc_per_node=1 train_gpt.py    # laptop CPU, minutes, data/prepare.py --demo
     EVAL_ONLY=1 ARTIFACT=final_model.int6.ptz python train_gpt.py    # score a packed artifact in a fresh process
 
-Every hyperparameter is an environment variable. The file never is longer than 1,500 lines. Sections, in run order:
+Every hyperparameter is an environment variable. The file is never longer than 1,500 lines. Sections, in run order:
 
     1. Hyperparameters and presets
     2. Device, ranks, logging
@@ -258,6 +258,12 @@ def all_reduce(x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
     return x
 
 
+def barrier() -> None:
+    """Unlike a collective under NCCL, this holds up the process, not only its stream."""
+    if WORLD_SIZE > 1:
+        dist.barrier()
+
+
 def init_log(hp: Hyperparameters) -> None:
     """Rank 0 logs to stdout and to logs/<run_id>.txt, which starts with this source and the versions it runs on."""
     log.setLevel(logging.INFO if RANK == 0 else logging.ERROR)
@@ -269,7 +275,8 @@ def init_log(hp: Hyperparameters) -> None:
     path.parent.mkdir(exist_ok=True)
     gpus = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout if DEVICE.type == "cuda" else "no GPU"
     versions = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}\n{gpus}"
-    path.write_text(f"\n{'=' * 100}\n".join([Path(__file__).read_text(), versions, ""]))
+    with path.open("a" if hp.resume else "w") as file:
+        file.write(f"\n{'=' * 100}\n".join([Path(__file__).read_text(), versions, ""]))
     log.addHandler(logging.FileHandler(path))
     log.info(path)
 
@@ -332,7 +339,8 @@ def load_data_shard(path) -> Tensor:
     magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
     if (magic, version) != (MAGIC, VERSION):
         raise ValueError(f"{path}: magic {magic} version {version}, expected magic {MAGIC} version {VERSION}")
-    if size != (expected := HEADER_BYTES + 2 * max(count, 1)):
+    expected = HEADER_BYTES + 2 * max(count, 1)
+    if count < 1 or size != expected:
         raise ValueError(f"{path}: {size} bytes, expected {expected} for the {count} tokens of its header")
     return torch.from_numpy(np.memmap(path, dtype="<u2", mode="c", offset=HEADER_BYTES, shape=(count,)))
 
@@ -534,7 +542,7 @@ def varlen_window_attention(q, k, v, window: int, doc: Tensor) -> Tensor:
     """FlashAttention over all documents of all rows as one packed sequence, its number of segments fixed."""
     B, T = doc.shape
     starts = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0), value=True).flatten()
-    room = B * T // 64 + 64  # FineWeb's documents average over 1,000 tokens
+    room = B * T // 64 + B + 64  # FineWeb's documents average over 1,000 tokens
     torch._assert_async(starts.sum() <= room, "window_attention: documents are shorter than 64 tokens on average")
     cu_seqlens = torch.nonzero_static(starts, size=room + 1, fill_value=B * T).flatten().int()
     out = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, cu_seqlens, T, T,
@@ -545,8 +553,8 @@ def varlen_window_attention(q, k, v, window: int, doc: Tensor) -> Tensor:
 # -----------------------------------------------------------------------------
 # 6. Model
 
-# log decay at a document's first token: exp(-60) of the old state is nothing beside any new write in float32, and the
-# sums of log decay inside a chunk stay small enough to be exact
+# log decay at a document's first token: exp(-60) of the old state is nothing beside any new write in float32, and fla,
+# which sums log decay from the chunk's start, still has it to 1e-5
 RESET_LOG_DECAY = -60.0
 
 
@@ -915,9 +923,9 @@ def muon_momentum(hp: Hyperparameters, progress: float) -> float:
 
 
 def save_checkpoint(path: str, hp: Hyperparameters, tensors: list[Tensor], adamw, **progress) -> None:
-    """tensors: whatever training changes in place. One file a rank; all appear whole and together, or not at all."""
+    """tensors: whatever training changes in place. One file a rank, whole or not at all, after all are written."""
     torch.save(dict(config=config_of(hp), tensors=tensors, adamw=adamw.state_dict(), progress=progress), path + ".tmp")
-    all_reduce(torch.zeros(1, device=DEVICE))  # every rank has written
+    barrier()  # every rank has written
     os.replace(path + ".tmp", path)
 
 
@@ -927,6 +935,9 @@ def load_checkpoint(path: str, hp: Hyperparameters, tensors: list[Tensor], adamw
     state = torch.load(path, map_location=DEVICE, weights_only=True)
     if differ := [k.upper() for k, v in config_of(hp).items() if state["config"].get(k) != v]:
         raise ValueError(f"RESUME=1: {path} was written with other values of {', '.join(differ)}")
+    step = state["progress"]["step"]  # a kill between two renames leaves files of different steps
+    if all_reduce(torch.tensor([step, -step], device=DEVICE), dist.ReduceOp.MAX).sum() != 0:
+        raise ValueError(f"RESUME=1: {path} is of step {step}, another rank's of another")
     torch._foreach_copy_(tensors, state["tensors"])
     adamw.load_state_dict(state["adamw"])
     return state["progress"]
@@ -1127,7 +1138,7 @@ def score(nats_of, tokens: Tensor, hp: Hyperparameters, stride: int) -> Tensor:
         batch = plan[i : i + rows]
         index = batch[:, :1] + torch.arange(length, device=tokens.device)
         scored = index >= batch[:, 2:]
-        full = F.pad(index, (0, 0, 0, rows - len(index)))  # one shape, one graph
+        full = index[torch.arange(rows).clamp(max=len(index) - 1)]  # the last window again: one shape, one graph
         out = nats_of(tokens[full], tokens[full + 1])[: len(index)]
         nats[index[scored]] = out[scored].double()
         count.index_add_(0, index[scored], torch.ones_like(index[scored], dtype=torch.int32))
@@ -1189,14 +1200,24 @@ def timing_of(step: int, seconds: float) -> str:
     return f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
 
 
-def validate(hp: Hyperparameters, nats_of, validation: Validation, label: str, stride=0, timing="") -> dict:
-    """Scores and logs `label val_loss:.. val_bpb:..`; without a stride, in windows that do not overlap."""
+def validate(hp: Hyperparameters, nats_of, validation: Validation, label: str, stride: int, timing="") -> dict:
+    """Scores and logs `label val_loss:.. val_bpb:..`; with EVAL_SEQ_LEN as stride, windows do not overlap."""
     start = time.perf_counter()
-    nats = score(nats_of, validation.tokens, hp, stride or hp.eval_seq_len)
+    nats = score(nats_of, validation.tokens, hp, stride)
     loss, bpb = validation.loss_and_bpb(nats)
     seconds = time.perf_counter() - start
     log.info(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {timing or f'eval_time:{1000 * seconds:.0f}ms'}")
     return dict(val_loss=loss, val_bpb=bpb, seconds=seconds, nats=nats)
+
+
+def accumulate(nats_of, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Adds the gradients of all micro-batches. Returns their mean loss."""
+    loss = torch.zeros((), device=DEVICE)
+    for x, y in batch:
+        part = nats_of(x, y).mean() / len(batch)
+        part.backward()
+        loss += part.detach()
+    return loss
 
 
 def warm_up(hp: Hyperparameters, model: GPT, nats_of) -> None:
@@ -1206,9 +1227,8 @@ def warm_up(hp: Hyperparameters, model: GPT, nats_of) -> None:
     micro_steps = grad_accum_steps(hp)
     shape = (hp.train_batch_tokens // (micro_steps * WORLD_SIZE * hp.train_seq_len), hp.train_seq_len)
     for step in range(1, hp.warmup_steps + 1):
-        for _ in range(micro_steps):
-            x, y = (torch.randint(hp.vocab_size, shape, device=DEVICE) for _ in range(2))
-            (nats_of(x, y).mean() / micro_steps).backward()
+        ids = torch.randint(hp.vocab_size, (micro_steps, 2, *shape), device=DEVICE)
+        accumulate(nats_of, [(x, y) for x, y in ids])
         optimizer.step(1.0, hp.muon_momentum)
         log.info(f"warmup_step:{step}/{hp.warmup_steps}")
     model.load_state_dict(saved)
@@ -1227,7 +1247,8 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
     state = [*params, *average, *optimizer.momentum.values()]
     step, seconds, position = 0, 0.0, 0
     if hp.resume:
-        step, seconds, position = load_checkpoint(path, hp, state, optimizer.adamw).values()
+        progress = load_checkpoint(path, hp, state, optimizer.adamw)
+        step, seconds, position = (progress[name] for name in ("step", "seconds", "position"))
         log.info(f"resumed step:{step}/{hp.iterations} train_time:{1000 * seconds:.0f}ms position:{position}")
     if hp.max_wallclock_seconds > 0:
         log.info(f"gptq:reserving {hp.gptq_reserve_seconds:g}s, effective={1000 * train_budget(hp):.0f}ms")
@@ -1243,16 +1264,13 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
         last = step >= hp.iterations or out_of_time
         if last or (hp.val_loss_every and step % hp.val_loss_every == 0):
             paused = time.perf_counter()
-            raw = validate(hp, nats_of, validation, f"step:{step}/{hp.iterations}", timing=timing_of(step, seconds))
+            label = f"step:{step}/{hp.iterations}"
+            raw = validate(hp, nats_of, validation, label, hp.eval_seq_len, timing_of(step, seconds))
             start += time.perf_counter() - paused
         if last:
             break
 
-        loss = torch.zeros((), device=DEVICE)
-        for x, y in (batch := loader.next()):
-            micro_loss = nats_of(x, y).mean() / len(batch)
-            micro_loss.backward()
-            loss += micro_loss.detach()
+        loss = accumulate(nats_of, loader.next())
         grad_norm = optimizer.step(lr_multiplier(hp, progress), muon_momentum(hp, progress))
         # the decay ramps up, so that the start is soon forgotten
         torch._foreach_lerp_(average, params, 1 - min(hp.ema_decay, (1 + step) / (10 + step)))
@@ -1281,7 +1299,9 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
                  f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB")
     total = time.perf_counter() - start
     log.info(f"ema:applied distance:{distance:.4f} lr_multiplier_at_stop:{floor:.4f}")
-    log.info(f"gptq:collected {len(hessians)} Hessians train+hessians:{1000 * total:.0f}ms")
+    fraction = len(hessians) / sum(kind != "scalar" for kind in model.kinds.values())
+    log.info(f"gptq:collected {len(hessians)} Hessians hessian_fraction:{fraction:.4f} "
+             f"train+hessians:{1000 * total:.0f}ms")
     return dict(hessians=hessians, step_stop=step, wallclock_seconds=round(total, 3), raw_val_bpb=raw["val_bpb"])
 
 
@@ -1290,17 +1310,16 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
 
 
 def pack(hp: Hyperparameters, model: GPT, validation: Validation, hessians: dict) -> dict:
-    """Scores the averaged weights, quantizes them with GPTQ, writes the artifact. Returns the figures."""
-    ema = validate(hp, scorer(model), validation, "diagnostic pre-quantization post-ema")
+    """Quantizes the averaged weights with GPTQ and writes the artifact; then scores them, and round-to-nearest."""
     start = time.perf_counter()
     quantized = quantize(model, hp, hessians)
-    fraction = sum(name in hessians for name in quantized) / len(quantized)
-    log.info(f"gptq:quantized {len(quantized)} tensors hessian_fraction:{fraction:.4f} "
-             f"time:{1000 * (time.perf_counter() - start):.0f}ms")
-    rtn = validate(hp, scorer(dequantized(model, quantize(model, hp))), validation, "diagnostic round-to-nearest")
+    log.info(f"gptq:quantized {len(quantized)} tensors time:{1000 * (time.perf_counter() - start):.0f}ms")
     if RANK == 0:
         save_artifact(hp.artifact, model, hp, quantized)
-    all_reduce(torch.zeros(1, device=DEVICE))  # no rank goes on before it is written
+    barrier()  # no rank goes on before it is written
+    ema = validate(hp, scorer(model), validation, "diagnostic pre-quantization post-ema", hp.eval_seq_len)
+    nearest = scorer(dequantized(model, quantize(model, hp)))
+    rtn = validate(hp, nearest, validation, "diagnostic round-to-nearest", hp.eval_seq_len)
     return dict(pre_quant_val_bpb=ema["val_bpb"], rtn_val_bpb=rtn["val_bpb"])
 
 
@@ -1318,12 +1337,12 @@ def log_sizes(hp: Hyperparameters) -> dict:
 
 def evaluate(hp: Hyperparameters, validation: Validation) -> dict:
     """Scores the artifact as it lies on disk, in a fresh model; the sliding window is the number that counts."""
-    model, _ = load_artifact(hp.artifact, DEVICE)
+    model, saved = load_artifact(hp.artifact, DEVICE)
     nats_of = scorer(model)
     for name, stride in ("roundtrip", hp.eval_seq_len), ("sliding_window", hp.eval_stride):
-        name = f"final_int{hp.matrix_bits}_{name}"
-        final = validate(hp, nats_of, validation, name, stride)
-        log.info(f"{name}_exact val_loss:{final['val_loss']:.8f} val_bpb:{final['val_bpb']:.8f}")
+        label = f"final_int{saved.matrix_bits}_{name}"
+        final = validate(hp, nats_of, validation, label, stride)
+        log.info(f"{label}_exact val_loss:{final['val_loss']:.8f} val_bpb:{final['val_bpb']:.8f}")
     if hp.scores and RANK == 0:
         np.savez(hp.scores, nats=final["nats"].cpu().numpy(), bytes=validation.target_bytes.cpu().numpy(),
                  position=np.arange(1, len(validation.tokens)))
@@ -1331,10 +1350,10 @@ def evaluate(hp: Hyperparameters, validation: Validation) -> dict:
 
 
 def write_submission(hp: Hyperparameters, validation: Validation, figures: dict) -> None:
-    """submission.json: scores of the official validation split at the top, of any other text under `own_text`."""
+    """submission.json: scores of the official validation split, within 600 s, at the top; any other in `own_text`."""
     scores = {name: figures.pop(name) for name in "val_bpb val_loss raw_val_bpb pre_quant_val_bpb rtn_val_bpb".split()}
     own_text = dict(data_path=hp.data_path, documents=validation.documents, bytes=validation.bytes, **scores)
-    official = validation.is_official
+    official = validation.is_official and figures["wallclock_seconds"] <= 600
     hardware = f"{WORLD_SIZE}x{torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'}"
     submission = dict(
         author=hp.author or None, github_id=hp.github_id or None, name="Gated DeltaNet / sliding-window hybrid",

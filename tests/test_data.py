@@ -218,6 +218,7 @@ BAD_SHARDS = {  # how it is made, what the message must say: what was found and 
     "count_too_large": (lambda p: shard_bytes(p, header=(20240520, 1, 11)), ["1044", "1046"]),
     "count_too_small": (lambda p: shard_bytes(p, header=(20240520, 1, 9)), ["1044", "1042"]),
     "count_zero": (lambda p: shard_bytes(p, tokens=0), ["0 tokens"]),
+    "count_zero_before_a_token": (lambda p: shard_bytes(p, tokens=1, header=(20240520, 1, 0)), ["0 tokens"]),
     "count_negative": (lambda p: shard_bytes(p, header=(20240520, 1, -10)), ["-10", "1044"]),
     "truncated_body": (lambda p: shard_bytes(p)[:-2], ["1042", "1044"]),
     "half_a_token_missing": (lambda p: shard_bytes(p)[:-1], ["1043", "1044"]),

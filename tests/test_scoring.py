@@ -209,6 +209,18 @@ def test_a_token_is_used_by_what_follows_in_its_document(tiny_score, k):
     assert (change[document_end:] < 1e-4).all(), "it reached into the next document"
 
 
+def test_a_batch_is_filled_up_with_windows_of_the_text(tiny):
+    """Rows of zeros would be rows of BOS, each token a document: more than packed attention has room for."""
+    tokens, rows = torch.arange(100), []
+
+    def nats_of(x, y):
+        rows.extend(x.tolist())
+        return torch.ones(x.shape)
+
+    score(nats_of, tokens, tiny(val_batch_size=10 * 64), 16)
+    assert len(rows) == 10 and all(row == list(range(row[0], row[0] + 64)) for row in rows)
+
+
 def test_a_score_that_is_not_finite_is_an_error(tiny):
     tokens = torch.arange(2, 40)
 

@@ -115,12 +115,10 @@ def bench_throughput(args) -> None:
     model = t.GPT(hp).to(t.DEVICE)
     optimizer, nats_of = t.Muon(model, hp), t.scorer(model)
     micro_steps = t.grad_accum_steps(hp)
-    shape = (hp.train_batch_tokens // (micro_steps * hp.train_seq_len), hp.train_seq_len)
+    shape = (micro_steps, 2, hp.train_batch_tokens // (micro_steps * hp.train_seq_len), hp.train_seq_len)
 
     def step():
-        for _ in range(micro_steps):
-            x, y = (torch.randint(hp.vocab_size, shape, device=t.DEVICE) for _ in range(2))
-            (nats_of(x, y).mean() / micro_steps).backward()
+        t.accumulate(nats_of, [(x, y) for x, y in torch.randint(hp.vocab_size, shape, device=t.DEVICE)])
         optimizer.step(1.0, hp.muon_momentum)
 
     took = median_seconds([step], args.runs)[0]
