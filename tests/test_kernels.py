@@ -371,6 +371,12 @@ def test_packing_refuses_more_documents_than_it_has_room_for(varlen_on_cpu):
         varlen_window_attention(q, k, v, 8, torch.arange(200)[None])
 
 
+def test_packing_has_room_for_rows_shorter_than_a_document(varlen_on_cpu):
+    q, k, v, doc = attention_inputs(5, B=300)
+    out = varlen_window_attention(q, k, v, 8, torch.zeros_like(doc))
+    torch.testing.assert_close(out, loop_attention(q, k, v, 8, torch.zeros_like(doc)))
+
+
 # ---- polar express
 
 

@@ -500,3 +500,19 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one(run, tmp_pat
             run(checkpoint_every=2)
     assert path.read_bytes() == before
     assert losses(run(resume=1)) == {}
+
+
+@pytest.mark.parametrize("other_step, fits", [(3, True), (2, False), (4, False)])
+def test_checkpoints_of_different_steps_are_refused(tmp_path, monkeypatch, tiny, other_step, fits):
+    """A kill between two ranks' renames leaves them; the second rank is played by the reduction."""
+    hp, path, weight = tiny(), str(tmp_path / "rank0.checkpoint"), torch.ones(2, requires_grad=True)
+    adamw = torch.optim.AdamW([weight])
+    train_gpt.save_checkpoint(path, hp, [torch.zeros(2)], adamw, step=3, seconds=1.0, position=7)
+    monkeypatch.setattr(train_gpt, "all_reduce", lambda x, op: x.maximum(x.new_tensor([other_step, -other_step])))
+    if fits:
+        assert train_gpt.load_checkpoint(path, hp, [weight.detach()], adamw)["position"] == 7
+        assert not weight.any()
+    else:
+        with pytest.raises(ValueError, match="of step 3"):
+            train_gpt.load_checkpoint(path, hp, [weight.detach()], adamw)
+        assert weight.all()

@@ -1,16 +1,19 @@
 """The main job as a user starts it: torchrun, real text, real processes; the log against independent arithmetic."""
 
 import json
+import logging
 import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import sentencepiece as spm
+import torch
 
 import train_gpt
 
@@ -82,7 +85,7 @@ def test_training_learns(run):
     assert figure(log, "step:40/40 val_loss:") < figure(log, "step:20/40 val_loss:")
 
 
-def test_gptq_beats_rounding_and_costs_little(run):
+def test_gptq_costs_little(run):
     _, log, _ = run
     ema = figure(log, "post-ema val_loss:[0-9.]+ val_bpb:")
     gptq = figure(log, "final_int6_roundtrip_exact val_loss:[0-9.]+ val_bpb:")
@@ -129,6 +132,47 @@ def test_submission_json_claims_nothing_for_other_text(run):
     assert f"val_bpb:{own['val_bpb']:.8f}" == log.splitlines()[-1].split()[-1]
     assert submission["bytes_total"] == submission["bytes_code"] + submission["bytes_model"]
     assert submission["step_stop"] == 40
+
+
+@pytest.mark.parametrize("official, seconds, claimed", [
+    (True, 599.9, True), (True, 600.1, False), (False, 100.0, False),
+], ids=["official", "official but too long", "other text"])
+def test_a_score_is_claimed_for_the_official_split_in_600_seconds(
+    tmp_path, monkeypatch, tiny, official, seconds, claimed
+):
+    monkeypatch.chdir(tmp_path)
+    scores = dict(val_bpb=1.5, val_loss=2.5, raw_val_bpb=1.6, pre_quant_val_bpb=1.4, rtn_val_bpb=1.7)
+    validation = SimpleNamespace(is_official=official, documents=50_000, bytes=151_050_000)
+    train_gpt.write_submission(tiny(), validation, dict(scores, wallclock_seconds=seconds))
+    submission = json.loads((tmp_path / "submission.json").read_text())
+    assert {name: submission[name] for name in scores} == (scores if claimed else dict.fromkeys(scores))
+    assert (submission["own_text"] is None) == claimed
+
+
+def test_a_resumed_run_adds_to_its_log(tmp_path, monkeypatch, tiny):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gpt, "log", logging.Logger("resumed"))
+    for resume in (False, True):
+        train_gpt.init_log(tiny(run_id="mine", resume=resume))
+        train_gpt.log.info(f"resume {resume}")
+    text = (tmp_path / "logs" / "mine.txt").read_text()
+    assert text.index("resume False") < text.index("resume True")
+    assert text.count((ROOT / "train_gpt.py").read_text()) == 2  # each part under its own source
+
+
+def test_the_artifact_is_written_before_anything_else_can_fail(tmp_path, monkeypatch, tiny):
+    hp = tiny(artifact=str(tmp_path / "model.ptz"))
+    model = train_gpt.GPT(hp)
+    batch = torch.randint(hp.vocab_size, (1, 2, 2, hp.train_seq_len))
+    hessians = train_gpt.collect_hessians(model, list(batch))
+
+    def fails(*_):
+        raise FloatingPointError("a diagnostic failed")
+
+    monkeypatch.setattr(train_gpt, "validate", fails)
+    with pytest.raises(FloatingPointError):
+        train_gpt.pack(hp, model, None, hessians)
+    train_gpt.load_artifact(hp.artifact, "cpu")
 
 
 def test_two_ranks_give_the_losses_of_one(run, demo, tmp_path):
