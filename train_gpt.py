@@ -55,11 +55,9 @@ from torch.nn.attention.varlen import varlen_attn
 # -----------------------------------------------------------------------------
 # 1. Hyperparameters and presets
 
-
 @dataclass
 class Hyperparameters:
     """One run. Each field is read from the environment under its upper-case name; defaults are the record."""
-
     # run
     preset: str = "record"
     run_id: str = field(default_factory=lambda: str(uuid.uuid4()))  # the log is logs/<run_id>.txt
@@ -176,7 +174,6 @@ class Hyperparameters:
         if not ok:
             raise ValueError(f"{name.upper()}={getattr(self, name)!r}: expected {expected}")
 
-
 BOUNDS = {  # smallest and largest value allowed
     (1, math.inf): "train_batch_tokens train_seq_len model_dim mlp_mult gdn_heads gdn_head_dim num_heads num_kv_heads "
                    "head_dim window_size rope_base logit_softcap iterations eval_seq_len eval_stride val_batch_size "
@@ -189,12 +186,10 @@ BOUNDS = {  # smallest and largest value allowed
     (2, 65536): "vocab_size",  # tokens are uint16
 }
 
-
 def config_of(hp: Hyperparameters) -> dict:
     """What makes a run the run it is: all but where it writes and how it is called."""
     run = "run_id author github_id artifact eval_only scores checkpoint_every resume".split()
     return {k: v for k, v in asdict(hp).items() if k not in run}
-
 
 def parse_layout(layout: str) -> list[tuple[str, int]]:
     """'G5 S G5 S=5' -> one (kind, owner) per block; owner is the block whose mixer weights it uses.
@@ -214,7 +209,6 @@ def parse_layout(layout: str) -> list[tuple[str, int]]:
     if not blocks:
         raise ValueError(f"LAYOUT={layout!r}: expected at least one block")
     return blocks
-
 
 PRESETS: dict[str, dict] = {
     "record": {},
@@ -242,7 +236,6 @@ SIZE_LIMIT = 16_000_000  # bytes, decimal: artifact + this file
 
 log = logging.getLogger("train_gpt")
 
-
 def init_ranks() -> None:
     """Joins the process group of torchrun; a single rank needs none."""
     if DEVICE.type == "cuda":
@@ -250,19 +243,16 @@ def init_ranks() -> None:
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
 
-
 def all_reduce(x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
     """In place over all ranks; one rank skips it."""
     if WORLD_SIZE > 1:
         dist.all_reduce(x, op)
     return x
 
-
 def barrier() -> None:
     """Unlike a collective under NCCL, this holds up the process, not only its stream."""
     if WORLD_SIZE > 1:
         dist.barrier()
-
 
 def init_log(hp: Hyperparameters) -> None:
     """Rank 0 logs to stdout and to logs/<run_id>.txt, which starts with this source and the versions it runs on."""
@@ -280,18 +270,14 @@ def init_log(hp: Hyperparameters) -> None:
     log.addHandler(logging.FileHandler(path))
     log.info(path)
 
-
 # -----------------------------------------------------------------------------
 # 3. Byte accounting
 
-
 class ByteLuts(NamedTuple):
     """Per token id: bytes without the leading space, whether it has one, whether it is a boundary. [V] each."""
-
     base_bytes: Tensor
     has_leading_space: Tensor
     is_boundary: Tensor
-
 
 def build_sentencepiece_luts(sp: spm.SentencePieceProcessor, vocab_size: int, device) -> ByteLuts:
     """Bytes of each piece as the competition counts them: int32 [V], bool [V], bool [V].
@@ -314,12 +300,10 @@ def build_sentencepiece_luts(sp: spm.SentencePieceProcessor, vocab_size: int, de
     return ByteLuts(torch.tensor(base, dtype=torch.int32, device=device), torch.tensor(space, device=device),
                     torch.tensor(boundary, device=device))
 
-
 def token_bytes(luts: ByteLuts, prev_ids: Tensor, target_ids: Tensor) -> Tensor:
     """UTF-8 bytes of each target, int32: a leading space counts unless the previous token is a boundary."""
     space = luts.has_leading_space[target_ids] & ~luts.is_boundary[prev_ids]
     return luts.base_bytes[target_ids] + space.int()
-
 
 # -----------------------------------------------------------------------------
 # 4. Shards and loader
@@ -327,7 +311,6 @@ def token_bytes(luts: ByteLuts, prev_ids: Tensor, target_ids: Tensor) -> Tensor:
 BOS_ID = 1  # starts every document
 HEADER_BYTES = 256 * 4
 MAGIC, VERSION = 20240520, 1  # of the competition's shards
-
 
 def load_data_shard(path) -> Tensor:
     """Memory-mapped tokens of one shard, uint16 [count].
@@ -344,10 +327,8 @@ def load_data_shard(path) -> Tensor:
         raise ValueError(f"{path}: {size} bytes, expected {expected} for the {count} tokens of its header")
     return torch.from_numpy(np.memmap(path, dtype="<u2", mode="c", offset=HEADER_BYTES, shape=(count,)))
 
-
 class TokenStream:
     """All shards of a split as one ring of tokens, in the order of their names."""
-
     def __init__(self, data_path: str, split: str, vocab_size: int):
         # the byte sidecars of a transformed split (fineweb_val_bytes_*) are not tokens
         self.paths = [p for p in sorted(Path(data_path).glob(f"fineweb_{split}_*.bin")) if "_bytes_" not in p.name]
@@ -376,10 +357,8 @@ class TokenStream:
             start, count = start + len(piece), count - len(piece)
         return torch.cat(pieces)
 
-
 class TrainLoader:
     """Batches in stream order, read ahead by one thread. `position` (tokens) is all there is to resume."""
-
     def __init__(self, stream: TokenStream, hp: Hyperparameters, position: int = 0):
         self.stream, self.position = stream, position
         self.batch_tokens, self.T = hp.train_batch_tokens, hp.train_seq_len
@@ -407,7 +386,6 @@ class TrainLoader:
         """No training data after this: a later `next` raises RuntimeError."""
         self.pool.shutdown()
 
-
 def grad_accum_steps(hp: Hyperparameters) -> int:
     """Raises: ValueError if the batch does not split evenly over micro-batches and ranks."""
     if not hp.grad_accum_steps and 8 % WORLD_SIZE:
@@ -424,7 +402,6 @@ def grad_accum_steps(hp: Hyperparameters) -> int:
 # `gated_delta_rule` and `window_attention` are the only places where CPU and CUDA differ. The plain torch side is the
 # CPU path and the oracle of the tests.
 
-
 def gated_delta_rule(q, k, v, g, beta, initial_state=None) -> tuple[Tensor, Tensor]:
     """S <- exp(g) S; S <- S + beta k (v - S^T k)^T; o = S^T q / sqrt(K), per token and head (arXiv:2412.06464).
     q, k: [B, T, H, K], normalised. v: [B, T, H, V]. g: [B, T, H], log decay <= 0. beta: [B, T, H].
@@ -437,7 +414,6 @@ def gated_delta_rule(q, k, v, g, beta, initial_state=None) -> tuple[Tensor, Tens
         o, final_state, _, _ = fla_gated_delta_rule(q, k, v, g, beta, initial_state)
         return o, final_state
     return torch_gated_delta_rule(q, k, v, g, beta, initial_state)
-
 
 def torch_gated_delta_rule(q, k, v, g, beta, initial_state, chunk: int = 32) -> tuple[Tensor, Tensor]:
     """The chunked (WY) form in plain torch: only the state passes from chunk to chunk, the rest is batched.
@@ -475,10 +451,8 @@ def torch_gated_delta_rule(q, k, v, g, beta, initial_state, chunk: int = 32) -> 
     o = (o * K**-0.5).flatten(1, 2)[:, :T].unflatten(0, (B, H)).transpose(1, 2)
     return o.to(dtype), S.unflatten(0, (B, H))
 
-
 # fla excludes its chunk op from torch.compile, which would break fullgraph; as custom ops it is opaque instead.
 # Imported when first used: on a machine without a GPU the import takes seconds and warns.
-
 
 @torch.library.custom_op("train_gpt::gated_delta_rule", mutates_args=())
 def fla_gated_delta_rule(
@@ -491,7 +465,6 @@ def fla_gated_delta_rule(
     g_sum, o, A, final_state, _, _ = chunk_gated_delta_rule_fwd(
         q, k, v, g, beta, scale=k.shape[-1] ** -0.5, initial_state=initial_state, output_final_state=True)
     return o.to(v.dtype), final_state, g_sum, A
-
 
 @torch.library.custom_op("train_gpt::gated_delta_rule_backward", mutates_args=())
 def fla_gated_delta_rule_backward(
@@ -506,11 +479,9 @@ def fla_gated_delta_rule_backward(
         q, k, v, g_sum, beta, A, scale=k.shape[-1] ** -0.5, initial_state=initial_state, do=do, dht=d_state)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg.to(g_sum.dtype), dbeta.to(beta.dtype), dh0
 
-
 def save_for_delta_backward(ctx, inputs, output):
     q, k, v, _, beta, initial_state = inputs
     ctx.save_for_backward(q, k, v, output[2], beta, output[3], initial_state)
-
 
 fla_gated_delta_rule.register_fake(lambda q, k, v, g, beta, initial_state: (
     v.new_empty(v.shape), initial_state.new_empty(initial_state.shape), g.new_empty(g.shape),
@@ -521,7 +492,6 @@ fla_gated_delta_rule.register_autograd(
     lambda ctx, do, d_state, *_: fla_gated_delta_rule_backward(*ctx.saved_tensors, do, d_state),
     setup_context=save_for_delta_backward)
 
-
 def window_attention(q, k, v, window: int, doc=None) -> Tensor:
     """Causal attention inside documents: token t sees t-window+1 .. t, as far as they have its document number.
     q: [B, T, H, D]. k, v: [B, T, Hkv, D], Hkv divides H. doc: [B, T], rising along T; None = one document a row.
@@ -530,13 +500,11 @@ def window_attention(q, k, v, window: int, doc=None) -> Tensor:
         doc = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device)
     return (varlen_window_attention if q.is_cuda else masked_window_attention)(q, k, v, window, doc)
 
-
 def masked_window_attention(q, k, v, window: int, doc: Tensor) -> Tensor:
     t = torch.arange(q.shape[1], device=q.device)
     seen = (t[:, None] >= t) & (t[:, None] - t < window) & (doc[:, :, None] == doc[:, None, :])
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen.unsqueeze(1), enable_gqa=True).transpose(1, 2)
-
 
 def varlen_window_attention(q, k, v, window: int, doc: Tensor) -> Tensor:
     """FlashAttention over all documents of all rows as one packed sequence, its number of segments fixed."""
@@ -549,7 +517,6 @@ def varlen_window_attention(q, k, v, window: int, doc: Tensor) -> Tensor:
                       window_size=(window - 1 if window < T else -1, 0), enable_gqa=True)
     return out.unflatten(0, (B, T))
 
-
 # -----------------------------------------------------------------------------
 # 6. Model
 
@@ -557,21 +524,17 @@ def varlen_window_attention(q, k, v, window: int, doc: Tensor) -> Tensor:
 # which sums log decay from the chunk's start, still has it to 1e-5
 RESET_LOG_DECAY = -60.0
 
-
 class Context(NamedTuple):
     """What every layer needs to know of the tokens besides their embedding."""
-
     doc: Tensor  # [B, T] document number; BOS starts a new one
     is_bos: Tensor  # [B, T, 1]
     same_doc: tuple[Tensor, Tensor, Tensor]  # [B, T, 1] each: is the token 1, 2, 3 earlier of the same document
     cos: Tensor  # [T, 1, rope_dims // 2]
     sin: Tensor
 
-
 def shift(x: Tensor, n: int) -> Tensor:
     """x of the token n earlier, zeros before the first; over dim 1."""
     return F.pad(x, (0, 0) * (x.ndim - 2) + (n, 0))[:, : x.shape[1]]
-
 
 def make_context(ids: Tensor, rope_dims: int, rope_base: float, dtype: torch.dtype) -> Context:
     """ids: [B, T]."""
@@ -582,10 +545,8 @@ def make_context(ids: Tensor, rope_dims: int, rope_base: float, dtype: torch.dty
     angles = torch.arange(ids.shape[1], device=ids.device)[:, None, None] * frequencies
     return Context(doc, is_bos.unsqueeze(-1), same_doc, angles.cos().to(dtype), angles.sin().to(dtype))
 
-
 def norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype) if weight is not None else None, eps=1e-5)
-
 
 def rotary(x: Tensor, ctx: Context) -> Tensor:
     """Rotates the first rope_dims of each head by the token's position in the row. x: [B, T, H, D]."""
@@ -593,20 +554,16 @@ def rotary(x: Tensor, ctx: Context) -> Tensor:
     x1, x2, rest = x.split((n, n, x.shape[-1] - 2 * n), -1)
     return torch.cat((x1 * ctx.cos + x2 * ctx.sin, x2 * ctx.cos - x1 * ctx.sin, rest), -1)
 
-
 class Linear(nn.Linear):
     """No bias; float32 master weight, cast to the input's dtype."""
-
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
-
 class ShortConv(nn.Module):
     """Causal depthwise convolution over 4 tokens of the document, then SiLU. weight: [n, 4], last tap = own token."""
-
     def __init__(self, n: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n, 4))
@@ -618,10 +575,8 @@ class ShortConv(nn.Module):
             y = torch.addcmul(y, shift(x, n) * ctx.same_doc[n - 1], taps[3 - n])
         return F.silu(y)
 
-
 class GatedDeltaNet(nn.Module):
     """arXiv:2412.06464, with the names of fla.layers.GatedDeltaNet (expand_v = 1)."""
-
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         n = hp.gdn_heads * hp.gdn_head_dim
@@ -646,10 +601,8 @@ class GatedDeltaNet(nn.Module):
         gate = F.silu(self.g_proj(x)).unflatten(-1, (-1, self.head_dim))
         return self.o_proj((norm(o, self.o_norm) * gate).flatten(2))
 
-
 class Attention(nn.Module):
     """Sliding-window (or full causal) attention: grouped queries, QK norm and gain, rotary, exclusive values."""
-
     def __init__(self, hp: Hyperparameters, window: int):
         super().__init__()
         self.head_dim, self.window, self.xsa = hp.head_dim, window, hp.xsa
@@ -669,10 +622,8 @@ class Attention(nn.Module):
             y = (y - (y * own).sum(-1, keepdim=True) * own).flatten(2, 3)
         return self.o_proj(y.flatten(2))
 
-
 class MLP(nn.Module):
     """LeakyReLU(0.5)^2."""
-
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         hidden = int(hp.mlp_mult * hp.model_dim)
@@ -682,10 +633,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.leaky_relu(self.up_proj(x), 0.5).square())
 
-
 class NgramEmbedding(nn.Module):
     """One hashed table looked up by bigram and trigram, summed and projected; history ends at the document's start."""
-
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         self.table = nn.Parameter(torch.empty(hp.ngram_vocab_size, hp.ngram_dim))
@@ -701,10 +650,8 @@ class NgramEmbedding(nn.Module):
         rows = rows + F.embedding(torch.where(has2, trigram % missing, missing), self.table)
         return self.proj(rows.to(ctx.cos.dtype))
 
-
 class Block(nn.Module):
     """Mixer and MLP, each on the normalised stream and scaled per channel; x0 (the embedding) is mixed in first."""
-
     def __init__(self, hp: Hyperparameters, mixer: nn.Module):
         super().__init__()
         self.mixer, self.mlp = mixer, MLP(hp)
@@ -718,10 +665,8 @@ class Block(nn.Module):
         x = x + self.mixer_scale.to(x.dtype) * self.mixer(norm(x), ctx)
         return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x))
 
-
 class GPT(nn.Module):
     """The whole network; the one forward of training, calibration and scoring."""
-
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         self.hp = hp
@@ -758,17 +703,14 @@ class GPT(nn.Module):
         cap = self.hp.logit_softcap
         return cap * torch.tanh(self.lm_head(norm(x)).float() / cap)
 
-
 def token_nats(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """-ln p(target), float32 [B, T]; x, y: [B, T] inputs and targets."""
     return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none").view_as(y)
-
 
 def init_log_uniform_dt(w: Tensor, hp: Hyperparameters) -> None:
     """softplus(dt_bias) log-uniform in [1e-3, 1e-1], as in Mamba-2 and fla."""
     dt = torch.empty_like(w).uniform_(math.log(1e-3), math.log(1e-1)).exp()
     w.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
-
 
 # (pattern, kind, init): the first that matches a parameter's name decides its optimizer, its precision and its start.
 # matrix: Muon, GPTQ at MATRIX_BITS. embed: AdamW, GPTQ at EMBED_BITS. scalar: AdamW without decay, float16.
@@ -790,7 +732,6 @@ PARAM_RULES = (
     (r"smear_(gate|lambda)$", "scalar", lambda w, hp: w.zero_()),
 )
 
-
 @torch.no_grad()
 def init_weights(model: nn.Module, hp: Hyperparameters) -> dict[str, str]:
     """Returns the kind of every parameter by name. Raises: LookupError for one that no rule names."""
@@ -802,7 +743,6 @@ def init_weights(model: nn.Module, hp: Hyperparameters) -> dict[str, str]:
         _, kinds[name], init = rules[0]
         init(p, hp)
     return kinds
-
 
 # -----------------------------------------------------------------------------
 # 7. Muon and AdamW
@@ -816,7 +756,6 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 
-
 def polar_express(G: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrices, nearly: singular values in [1e-3, 1] of the norm go to [0.859, 1.141].
     G: [..., rows, cols]. Steps after the fifth repeat the last tuple. Returns G's shape, in COMPUTE_DTYPE."""
@@ -829,11 +768,9 @@ def polar_express(G: Tensor, steps: int = 5) -> Tensor:
         X = a * X + (b * A + c * A @ A) @ X
     return X.mT if G.shape[-2] > G.shape[-1] else X
 
-
 class Muon:
     """Owns every parameter: Muon (arXiv:2502.16982) for the matrices, AdamW for the rest. No DDP: it reduces gradients.
     Matrices of a shape are stacked; each rank orthogonalises its share of the stack and the updates are gathered."""
-
     def __init__(self, model: nn.Module, hp: Hyperparameters):
         self.hp = hp
         kinds: dict[str, list[Tensor]] = {"matrix": [], "embed": [], "scalar": []}
@@ -896,38 +833,31 @@ class Muon:
         dist.all_gather_into_tensor(gathered, update.contiguous())
         return gathered
 
-
 # -----------------------------------------------------------------------------
 # 8. Schedules and checkpoints
 #
 # Every schedule is a function of progress in [0, 1]: of the clock or of ITERATIONS, whichever is further.
 
-
 def train_budget(hp: Hyperparameters) -> float:
     """Seconds for optimizer steps; what is left of MAX_WALLCLOCK_SECONDS is for the Hessians."""
     return hp.max_wallclock_seconds - hp.gptq_reserve_seconds if hp.max_wallclock_seconds > 0 else math.inf
 
-
 def training_progress(hp: Hyperparameters, step: int, seconds: float) -> float:
     return min(1.0, max(step / hp.iterations, seconds / train_budget(hp)))
-
 
 def lr_multiplier(hp: Hyperparameters, progress: float) -> float:
     """1, then linear to 0 over the last WARMDOWN_FRAC, but not below MIN_LR."""
     return min(1.0, max((1.0 - progress) / max(hp.warmdown_frac, 1e-9), hp.min_lr))
 
-
 def muon_momentum(hp: Hyperparameters, progress: float) -> float:
     ramp = min(1.0, progress / hp.muon_momentum_warmup_frac) if hp.muon_momentum_warmup_frac else 1.0
     return hp.muon_momentum_warmup_start + ramp * (hp.muon_momentum - hp.muon_momentum_warmup_start)
-
 
 def save_checkpoint(path: str, hp: Hyperparameters, tensors: list[Tensor], adamw, **progress) -> None:
     """tensors: whatever training changes in place. One file a rank, whole or not at all, after all are written."""
     torch.save(dict(config=config_of(hp), tensors=tensors, adamw=adamw.state_dict(), progress=progress), path + ".tmp")
     barrier()  # every rank has written
     os.replace(path + ".tmp", path)
-
 
 @torch.no_grad()
 def load_checkpoint(path: str, hp: Hyperparameters, tensors: list[Tensor], adamw) -> dict:
@@ -942,10 +872,8 @@ def load_checkpoint(path: str, hp: Hyperparameters, tensors: list[Tensor], adamw
     adamw.load_state_dict(state["adamw"])
     return state["progress"]
 
-
 # -----------------------------------------------------------------------------
 # 9. GPTQ
-
 
 def collect_hessians(model: GPT, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """X^T X of every matrix's input over `batches`, float32 [cols, cols], summed over ranks, by parameter name.
@@ -972,7 +900,6 @@ def collect_hessians(model: GPT, batches: list[tuple[Tensor, Tensor]]) -> dict[s
         P = model.ngram.proj.weight.detach()
         hessians["ngram.table"] = P.mT @ P
     return hessians
-
 
 def gptq_quantize(W: Tensor, H: Tensor, bits: int, clip_sigmas: float) -> tuple[Tensor, Tensor]:
     """GPTQ (arXiv:2210.17323) with activation order; scale of a row = clip_sigmas * std / qmax (SDClip).
@@ -1002,7 +929,6 @@ def gptq_quantize(W: Tensor, H: Tensor, bits: int, clip_sigmas: float) -> tuple[
         W[:, i + 128 :] -= Err @ Hinv[i : i + 128, i + 128 :]
     return Q[:, order.argsort()].to(torch.int8), scale
 
-
 @torch.no_grad()
 def quantize(model: GPT, hp: Hyperparameters, hessians: dict[str, Tensor] | None = None) -> dict:
     """(q, scale) of every matrix and embedding by name; without Hessians by rounding to nearest.
@@ -1016,7 +942,6 @@ def quantize(model: GPT, hp: Hyperparameters, hessians: dict[str, Tensor] | None
             quantized[name] = gptq_quantize(W, H, *precision[kind])
     return quantized
 
-
 @torch.no_grad()
 def dequantized(model: GPT, quantized: dict) -> GPT:
     """A copy of the model with the weights that the artifact will hold."""
@@ -1025,10 +950,8 @@ def dequantized(model: GPT, quantized: dict) -> GPT:
         p.copy_(dequantize(*quantized[name]) if name in quantized else p.half())
     return copied
 
-
 def dequantize(q: Tensor, scale: Tensor) -> Tensor:
     return q.float() * scale.float().unsqueeze(1)
-
 
 # -----------------------------------------------------------------------------
 # 10. Packing
@@ -1047,11 +970,9 @@ CODECS = {  # compress(bytes), decompress(bytes, size)
              lambda data, size: zstandard.ZstdDecompressor().stream_reader(data).read(size + 1)),
 }
 
-
 def tensor_table(model: GPT) -> list[list]:
     """[name, shape, quantized?] of every tensor of an artifact, in its order; shared weights stand once."""
     return [[name, list(p.shape), model.kinds[name] != "scalar"] for name, p in model.named_parameters()]
-
 
 def save_artifact(path, model: GPT, hp: Hyperparameters, quantized: dict | None = None) -> int:
     """Packs the model; `quantized` as from `quantize`, None = round to nearest. Returns the file's bytes."""
@@ -1070,7 +991,6 @@ def save_artifact(path, model: GPT, hp: Hyperparameters, quantized: dict | None 
     Path(f"{path}.tmp").write_bytes(header + data)
     os.replace(f"{path}.tmp", path)
     return os.path.getsize(path)
-
 
 def load_artifact(path, device) -> tuple[GPT, Hyperparameters]:
     """A fresh model with the artifact's weights, and the hyperparameters it was trained with.
@@ -1107,10 +1027,8 @@ def load_artifact(path, device) -> tuple[GPT, Hyperparameters]:
             p.copy_(dequantize(next(q).view(shape), next(h)) if is_int else next(h).view(shape))
     return model.to(device), hp
 
-
 # -----------------------------------------------------------------------------
 # 11. Evaluation
-
 
 def windows(num_targets: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
     """(start, end, first) of each window: it reads tokens start .. end-1 and scores targets first .. end-1.
@@ -1122,7 +1040,6 @@ def windows(num_targets: int, seq_len: int, stride: int) -> list[tuple[int, int,
         first, end = end, min(end + stride, num_targets)
         plan.append((end - seq_len, end, first))
     return plan
-
 
 @torch.no_grad()
 def score(nats_of, tokens: Tensor, hp: Hyperparameters, stride: int) -> Tensor:
@@ -1148,10 +1065,8 @@ def score(nats_of, tokens: Tensor, hp: Hyperparameters, stride: int) -> Tensor:
         raise FloatingPointError(f"{(~nats.isfinite()).sum()} of {num_targets} validation scores are not finite")
     return nats
 
-
 class Validation:
     """The validation split: its tokens, the bytes of its targets, and bits per byte from their nats."""
-
     def __init__(self, hp: Hyperparameters):
         stream = TokenStream(hp.data_path, "val", hp.vocab_size)
         if len(stream) < 2:
@@ -1182,10 +1097,8 @@ class Validation:
         assert len(text) == self.bytes, f"the byte table counts {self.bytes} bytes, the decoded text has {len(text)}"
         return 8 * len(brotli.compress(text, quality=11, lgwin=24)) / len(text)
 
-
 # -----------------------------------------------------------------------------
 # 12. Training
-
 
 def scorer(model: GPT):
     """(x, y) -> nats [B, T]; the one compiled function of training and scoring on CUDA, eager on a CPU."""
@@ -1195,10 +1108,8 @@ def scorer(model: GPT):
 
     return torch.compile(nats_of, fullgraph=True, dynamic=False) if DEVICE.type == "cuda" else nats_of
 
-
 def timing_of(step: int, seconds: float) -> str:
     return f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
-
 
 def validate(hp: Hyperparameters, nats_of, validation: Validation, label: str, stride: int, timing="") -> dict:
     """Scores and logs `label val_loss:.. val_bpb:..`; with EVAL_SEQ_LEN as stride, windows do not overlap."""
@@ -1209,7 +1120,6 @@ def validate(hp: Hyperparameters, nats_of, validation: Validation, label: str, s
     log.info(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {timing or f'eval_time:{1000 * seconds:.0f}ms'}")
     return dict(val_loss=loss, val_bpb=bpb, seconds=seconds, nats=nats)
 
-
 def accumulate(nats_of, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Adds the gradients of all micro-batches. Returns their mean loss."""
     loss = torch.zeros((), device=DEVICE)
@@ -1218,7 +1128,6 @@ def accumulate(nats_of, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
         part.backward()
         loss += part.detach()
     return loss
-
 
 def warm_up(hp: Hyperparameters, model: GPT, nats_of) -> None:
     """Compiles every kernel and graph on random tokens, outside the clock, then puts the weights back."""
@@ -1232,7 +1141,6 @@ def warm_up(hp: Hyperparameters, model: GPT, nats_of) -> None:
         optimizer.step(1.0, hp.muon_momentum)
         log.info(f"warmup_step:{step}/{hp.warmup_steps}")
     model.load_state_dict(saved)
-
 
 def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Validation) -> dict:
     """Trains inside the budget, leaves the averaged weights in the model and returns the Hessians and the figures.
@@ -1304,10 +1212,8 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
              f"train+hessians:{1000 * total:.0f}ms")
     return dict(hessians=hessians, step_stop=step, wallclock_seconds=round(total, 3), raw_val_bpb=raw["val_bpb"])
 
-
 # -----------------------------------------------------------------------------
 # 13. Main
-
 
 def pack(hp: Hyperparameters, model: GPT, validation: Validation, hessians: dict) -> dict:
     """Quantizes the averaged weights with GPTQ and writes the artifact; then scores them, and round-to-nearest."""
@@ -1322,7 +1228,6 @@ def pack(hp: Hyperparameters, model: GPT, validation: Validation, hessians: dict
     rtn = validate(hp, nearest, validation, "diagnostic round-to-nearest", hp.eval_seq_len)
     return dict(pre_quant_val_bpb=ema["val_bpb"], rtn_val_bpb=rtn["val_bpb"])
 
-
 def log_sizes(hp: Hyperparameters) -> dict:
     """Artifact plus this file as they lie on disk. Raises: ValueError over the cap; the artifact is kept."""
     label = f"int{hp.matrix_bits}+{hp.compressor}"
@@ -1333,7 +1238,6 @@ def log_sizes(hp: Hyperparameters) -> dict:
     if code + model > SIZE_LIMIT:
         raise ValueError(f"{hp.artifact}: {model} bytes and {code} bytes of code, over the cap of {SIZE_LIMIT}")
     return dict(bytes_code=code, bytes_model=model, bytes_total=code + model)
-
 
 def evaluate(hp: Hyperparameters, validation: Validation) -> dict:
     """Scores the artifact as it lies on disk, in a fresh model; the sliding window is the number that counts."""
@@ -1348,7 +1252,6 @@ def evaluate(hp: Hyperparameters, validation: Validation) -> dict:
                  position=np.arange(1, len(validation.tokens)))
     return dict(val_bpb=final["val_bpb"], val_loss=final["val_loss"], eval_time_seconds=round(final["seconds"], 3))
 
-
 def write_submission(hp: Hyperparameters, validation: Validation, figures: dict) -> None:
     """submission.json: scores of the official validation split, within 600 s, at the top; any other in `own_text`."""
     scores = {name: figures.pop(name) for name in "val_bpb val_loss raw_val_bpb pre_quant_val_bpb rtn_val_bpb".split()}
@@ -1362,7 +1265,6 @@ def write_submission(hp: Hyperparameters, validation: Validation, figures: dict)
         **(scores if official else dict.fromkeys(scores)), own_text=None if official else own_text, **figures)
     Path("submission.json").write_text(json.dumps(submission, indent=2) + "\n")
 
-
 def log_setup(hp: Hyperparameters, model: GPT, validation: Validation) -> None:
     """All hyperparameters, what is scored, and the size of the model."""
     for name, value in asdict(hp).items():
@@ -1374,7 +1276,6 @@ def log_setup(hp: Hyperparameters, model: GPT, validation: Validation) -> None:
         log.info(f"reference brotli-11 val_bpb:{validation.brotli_bpb():.4f}")
     log.info(f"model_params:{sum(p.numel() for p in model.parameters())}")
     log.info(f"world_size:{WORLD_SIZE} device:{DEVICE.type} dtype:{COMPUTE_DTYPE}")
-
 
 def main() -> None:
     hp = Hyperparameters.from_env(os.environ)
@@ -1402,7 +1303,6 @@ def main() -> None:
             write_submission(hp, validation, figures)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     main()
