@@ -18,8 +18,9 @@ Every hyperparameter is an environment variable. The file is never longer than 1
     9. GPTQ
     10. Packing
     11. Evaluation
-    12. Training
-    13. Main
+    12. Audit
+    13. Training
+    14. Main
 """
 
 import bisect
@@ -38,7 +39,7 @@ import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -215,7 +216,7 @@ PRESETS: dict[str, dict] = {
     # two CPU cores, minutes, 2 MB of Python documentation: data/prepare.py --demo
     "demo": dict(
         data_path="./data/datasets/demo", tokenizer_path="./data/tokenizers/demo_1024_bpe.model",
-        train_batch_tokens=2048, train_seq_len=512, grad_accum_steps=1, eval_seq_len=512, val_batch_size=4096,
+        train_batch_tokens=2048, train_seq_len=512, grad_accum_steps=1, eval_seq_len=512, val_batch_size=2048,
         layout="G2 S G2 S=2", model_dim=128, gdn_heads=2, num_heads=2, num_kv_heads=1, window_size=256,
         ngram_vocab_size=4096, ngram_dim=64, max_wallclock_seconds=150.0, gptq_reserve_seconds=6.0, warmup_steps=2,
         ema_decay=0.95, train_log_every=50, gptq_calibration_batches=24, matrix_clip_sigmas=6.0,
@@ -233,6 +234,7 @@ DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torc
 # weights are fp32 masters, cast to this where they are used; no autocast
 COMPUTE_DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 SIZE_LIMIT = 16_000_000  # bytes, decimal: artifact + this file
+TIME_LIMIT = 600  # seconds for training, and as many for evaluation
 
 log = logging.getLogger("train_gpt")
 
@@ -262,7 +264,8 @@ def init_log(hp: Hyperparameters) -> None:
     if RANK != 0:
         return
     path = Path("logs") / f"{hp.run_id}.txt"
-    path.parent.mkdir(exist_ok=True)
+    for file in path, hp.artifact, hp.scores:  # a missing folder must not show when training is over
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
     gpus = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout if DEVICE.type == "cuda" else "no GPU"
     versions = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}\n{gpus}"
     with path.open("a" if hp.resume else "w") as file:
@@ -334,6 +337,9 @@ class TokenStream:
         self.paths = [p for p in sorted(Path(data_path).glob(f"fineweb_{split}_*.bin")) if "_bytes_" not in p.name]
         if not self.paths:
             raise FileNotFoundError(f"DATA_PATH={data_path}: no file fineweb_{split}_*.bin in it")
+        for i, path in enumerate(self.paths):
+            if path.name != (expected := f"fineweb_{split}_{i:06d}.bin"):
+                raise FileNotFoundError(f"DATA_PATH={data_path}: {path.name} where {expected} was expected")
         self.shards = [load_data_shard(path) for path in self.paths]
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards]).tolist()
         self.vocab_size = vocab_size
@@ -363,6 +369,7 @@ class TrainLoader:
         self.stream, self.position = stream, position
         self.batch_tokens, self.T = hp.train_batch_tokens, hp.train_seq_len
         self.micro_steps = grad_accum_steps(hp)
+        self.last_read = 0.0  # time.perf_counter() of the last look at training data
         self.pool = ThreadPoolExecutor(1)
         self.ahead = self.pool.submit(self.read, position)
 
@@ -374,6 +381,7 @@ class TrainLoader:
             tokens = self.stream.read(position + (micro * WORLD_SIZE + RANK) * span, span + 1)
             pair = tokens[:-1].view(-1, self.T), tokens[1:].view(-1, self.T)
             batch.append(tuple(t.pin_memory() for t in pair) if DEVICE.type == "cuda" else pair)
+        self.last_read = time.perf_counter()
         return batch
 
     def next(self) -> list[tuple[Tensor, Tensor]]:
@@ -383,8 +391,13 @@ class TrainLoader:
         return [(x.to(DEVICE, non_blocking=True), y.to(DEVICE, non_blocking=True)) for x, y in batch]
 
     def close(self) -> None:
-        """No training data after this: a later `next` raises RuntimeError."""
+        """No training data after this: a later `next` raises RuntimeError, any other read of the stream IndexError."""
         self.pool.shutdown()
+        self.stream.shards.clear()
+
+def documents(tokens: np.ndarray) -> list[np.ndarray]:
+    """The documents of a stream, each from its BOS on."""
+    return np.split(tokens, np.flatnonzero(tokens == BOS_ID))[1:]
 
 def grad_accum_steps(hp: Hyperparameters) -> int:
     """Raises: ValueError if the batch does not split evenly over micro-batches and ranks."""
@@ -419,7 +432,8 @@ def torch_gated_delta_rule(q, k, v, g, beta, initial_state, chunk: int = 32) -> 
     """The chunked (WY) form in plain torch: only the state passes from chunk to chunk, the rest is batched.
     float32 inside, or float64 for float64 inputs. 32 is the fastest chunk on a CPU at K = V = 64."""
     B, T, H, K = k.shape
-    C, N = chunk, -(-T // chunk)
+    C = min(chunk, T)
+    N = -(-T // C)
 
     def chunks(x):  # [B, T, H, ...] -> [B*H, N, C, ...], padded with tokens that neither decay nor write
         x = x.to(torch.promote_types(x.dtype, torch.float32)).transpose(1, 2).flatten(0, 1)
@@ -772,7 +786,7 @@ class Muon:
     """Owns every parameter: Muon (arXiv:2502.16982) for the matrices, AdamW for the rest. No DDP: it reduces gradients.
     Matrices of a shape are stacked; each rank orthogonalises its share of the stack and the updates are gathered."""
     def __init__(self, model: nn.Module, hp: Hyperparameters):
-        self.hp = hp
+        self.hp, self.lr_multiplier = hp, 0.0  # the last one used
         kinds: dict[str, list[Tensor]] = {"matrix": [], "embed": [], "scalar": []}
         for name, p in model.named_parameters():
             kinds[model.kinds[name]].append(p)
@@ -806,6 +820,7 @@ class Muon:
     @torch.no_grad()
     def step(self, lr_multiplier: float, momentum: float) -> Tensor:
         """One update from the gradients in .grad, which it clears. Returns the gradient norm before clipping."""
+        self.lr_multiplier = lr_multiplier
         stacks, grad_norm = self.reduce_gradients()
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * lr_multiplier
@@ -832,6 +847,11 @@ class Muon:
         gathered = update.new_empty(share * WORLD_SIZE, rows, cols)
         dist.all_gather_into_tensor(gathered, update.contiguous())
         return gathered
+
+    def reached(self) -> int:
+        """How many parameters a gradient has ever reached: those whose momentum is not zero."""
+        matrices = sum(buffer.flatten(1).any(1).sum() for buffer in self.momentum.values())
+        return int(all_reduce(matrices) + sum(state["exp_avg"].any() for state in self.adamw.state.values()))
 
 # -----------------------------------------------------------------------------
 # 8. Schedules and checkpoints
@@ -943,6 +963,12 @@ def quantize(model: GPT, hp: Hyperparameters, hessians: dict[str, Tensor] | None
     return quantized
 
 @torch.no_grad()
+def output_errors(model: GPT, quantized: dict, hessians: dict[str, Tensor]) -> dict[str, float]:
+    """Squared error of each quantized tensor's outputs on the inputs that its Hessian was collected from."""
+    errors = {name: p - dequantize(*quantized[name]) for name, p in model.named_parameters() if name in hessians}
+    return {name: (E @ hessians[name] * E).sum().item() for name, E in errors.items()}
+
+@torch.no_grad()
 def dequantized(model: GPT, quantized: dict) -> GPT:
     """A copy of the model with the weights that the artifact will hold."""
     copied = copy.deepcopy(model)
@@ -1013,7 +1039,8 @@ def load_artifact(path, device) -> tuple[GPT, Hyperparameters]:
             table = tensor_table(GPT(hp))
         ints = [math.prod(shape) for _, shape, is_int in table if is_int]
         halves = [shape[0] if is_int else math.prod(shape) for _, shape, is_int in table]
-        if head["tensors"] != table or not len(body) == body_size == end + sum(ints) + 2 * sum(halves):
+        size_of_body = end + sum(ints) + 2 * sum(halves)
+        if head != dict(config=head["config"], tensors=table) or not len(body) == body_size == size_of_body:
             raise ValueError("its tensors are not those of the model it describes")
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, struct.error,
             brotli.error, zstandard.ZstdError) as error:
@@ -1042,8 +1069,8 @@ def windows(num_targets: int, seq_len: int, stride: int) -> list[tuple[int, int,
     return plan
 
 @torch.no_grad()
-def score(nats_of, tokens: Tensor, hp: Hyperparameters, stride: int) -> Tensor:
-    """-ln p of every target tokens[1:], float64 [N-1], each exactly once, the same on any number of ranks.
+def score(nats_of, tokens: Tensor, hp: Hyperparameters, stride: int) -> tuple[Tensor, Tensor]:
+    """-ln p of every target tokens[1:], float64 [N-1], and how often each was scored, int32 [N-1]; for all ranks.
     nats_of: (x [B, T], y [B, T]) -> [B, T], as token_nats with its model. tokens: int64 [N] on DEVICE."""
     num_targets = len(tokens) - 1
     nats = torch.zeros(num_targets, dtype=torch.float64, device=tokens.device)
@@ -1060,10 +1087,9 @@ def score(nats_of, tokens: Tensor, hp: Hyperparameters, stride: int) -> Tensor:
         nats[index[scored]] = out[scored].double()
         count.index_add_(0, index[scored], torch.ones_like(index[scored], dtype=torch.int32))
     all_reduce(nats)  # every target is zero on all ranks but one: the sum is exact
-    assert (all_reduce(count) == 1).all(), "a validation target was not scored exactly once"
     if not nats.isfinite().all():
         raise FloatingPointError(f"{(~nats.isfinite()).sum()} of {num_targets} validation scores are not finite")
-    return nats
+    return nats, all_reduce(count)
 
 class Validation:
     """The validation split: its tokens, the bytes of its targets, and bits per byte from their nats."""
@@ -1073,32 +1099,143 @@ class Validation:
             raise ValueError(f"{stream.paths[0]}: {len(stream)} tokens, expected at least 2")
         self.paths = stream.paths
         self.tokens = stream.read(0, len(stream)).to(DEVICE)
+        self.documents = documents(self.tokens.cpu().numpy())
         self.sp = spm.SentencePieceProcessor(model_file=hp.tokenizer_path)
         luts = build_sentencepiece_luts(self.sp, hp.vocab_size, DEVICE)
         self.target_bytes = token_bytes(luts, self.tokens[:-1], self.tokens[1:])
         self.bytes = self.target_bytes.sum(dtype=torch.int64).item()
-        self.documents = (self.tokens == BOS_ID).sum().item()
 
     @property
     def is_official(self) -> bool:
         """The first 50,000 FineWeb documents: 151.02 to 151.09 million bytes under any of the tokenizers."""
-        return self.documents == 50_000 and 151_020_000 <= self.bytes <= 151_090_000
+        return len(self.documents) == 50_000 and 151_020_000 <= self.bytes <= 151_090_000
 
     def loss_and_bpb(self, nats: Tensor) -> tuple[float, float]:
         """Mean nats per token, and bits per byte, of all targets."""
         total = nats.sum().item()
         return total / len(nats), total / math.log(2) / self.bytes
 
-    def brotli_bpb(self) -> float:
-        """What brotli at its best needs for the same bytes: the least that a model must beat."""
-        ids = self.tokens.tolist()
-        starts = [i for i, token in enumerate(ids) if token == BOS_ID] + [len(ids)]
-        text = b"".join(self.sp.decode(ids[a:b]).encode() for a, b in zip(starts, starts[1:], strict=False))
-        assert len(text) == self.bytes, f"the byte table counts {self.bytes} bytes, the decoded text has {len(text)}"
-        return 8 * len(brotli.compress(text, quality=11, lgwin=24)) / len(text)
+    def texts(self) -> list[bytes]:
+        return [text.encode() for text in self.sp.decode([document.tolist() for document in self.documents])]
 
 # -----------------------------------------------------------------------------
-# 12. Training
+# 12. Audit
+#
+# Each run proves its own number: one log line a check, all of them in submission.json, which no failed run writes.
+
+OVERLAP_LIMIT = 0.01  # of the validation documents: FineWeb repeats some pages; leaks that were found held 80 %
+
+class Audit:
+    """Named checks with their figures, and the seconds of each phase of the process."""
+    def __init__(self):
+        self.checks: dict[str, dict] = {}
+        self.phases: dict[str, float] = {}
+        self.phase_start = time.perf_counter()
+
+    def check(self, name: str, passed, **figures) -> None:
+        """One log line. What fails on one rank fails on all."""
+        passed = all_reduce(torch.tensor(int(passed), device=DEVICE), dist.ReduceOp.MIN).item() == 1
+        self.checks[name] = dict(passed=passed, **figures)
+        log.info(f"audit: {name} {'passed' if passed else 'FAILED'} {json.dumps(figures)}")
+
+    def end_phase(self, name: str) -> None:
+        now = time.perf_counter()
+        self.phases[name], self.phase_start = round(now - self.phase_start, 3), now
+
+    def verdict(self) -> None:
+        """Raises: RuntimeError naming the checks that failed."""
+        if failed := [name for name, check in self.checks.items() if not check["passed"]]:
+            raise RuntimeError(f"audit failed: {', '.join(failed)}; submission.json was not written")
+
+def audit_data(audit: Audit, hp: Hyperparameters, validation: Validation, stream: TokenStream | None) -> None:
+    """Bytes of each validation document against its decoded text; whole validation documents in the training shards."""
+    on_disk = {split: sorted(Path(hp.data_path).glob(f"fineweb_{split}_[0-9]*.bin")) for split in ("train", "val")}
+    text = b"".join(path.read_bytes()[HEADER_BYTES:] for path in on_disk["val"])
+    tokens = validation.tokens.cpu().numpy()
+    audit.check("text", text == tokens.astype("<u2").tobytes(), tokens=len(text) // 2,
+                sha256=hashlib.sha256(text).hexdigest())
+    per_token = F.pad(validation.target_bytes, (1, 0)).cpu().numpy()
+    counted = np.add.reduceat(per_token, np.flatnonzero(tokens == BOS_ID))
+    decoded = np.array([len(text) for text in validation.texts()])
+    wrong, total = int((counted != decoded).sum()), int(decoded.sum())
+    audit.check("bytes", wrong == 0 and total == validation.bytes and
+                (len(decoded) != 50_000 or validation.is_official), table=validation.bytes, decoded=total,
+                documents=len(decoded), wrong_documents=wrong, bytes_per_token=total / len(validation.target_bytes))
+    if not stream:
+        return
+    known = {document.astype(np.uint16).tobytes(): i for i, document in enumerate(validation.documents)}
+    repeated = torch.zeros(len(validation.documents), dtype=torch.int32, device=DEVICE)
+    for shard in stream.shards[RANK::WORLD_SIZE]:
+        found = known.keys() & {document.tobytes() for document in documents(shard.numpy())}
+        repeated[[known[document] for document in found]] = 1
+    repeated = all_reduce(repeated, dist.ReduceOp.MAX).sum().item()
+    complete = 2 * len(stream) == sum(path.stat().st_size - HEADER_BYTES for path in on_disk["train"])
+    audit.check("data", repeated <= OVERLAP_LIMIT * len(decoded) and complete, shards=len(stream.shards),
+                tokens=len(stream), validation_documents_in_training=repeated)
+
+def fingerprint(model: nn.Module) -> str:
+    """Of all weights, bit for bit."""
+    digest = hashlib.sha256()
+    for p in model.parameters():
+        digest.update(p.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+def score_first(ledger: list[tuple[str, int, int, str]], weights: str) -> bool:
+    """ledger: (event, first target, end, fingerprint of the weights) as they happened. Does every score begin at the
+    target after the last, with the weights as they were left, and every update learn from scored targets only?"""
+    scored = 0
+    for event, first, end, now in ledger:
+        if end > scored and event != "score" or event == "score" and (first, now) != (scored, weights):
+            return False
+        scored, weights = max(scored, end), now
+    return True
+
+@torch.no_grad()
+def probe(audit: Audit, hp: Hyperparameters, tokens: Tensor, model: GPT, nats_of, nats: Tensor) -> None:
+    """The final pass, by which `nats_of` gave all validation `tokens` their `nats`, against the artifact's `model` and
+    on rewritten text: a score may depend on the artifact and on earlier tokens of its document only, and is one of a
+    distribution over the whole vocabulary."""
+    T, V, stride, bos = hp.eval_seq_len, hp.vocab_size, hp.eval_stride, torch.full((1,), BOS_ID, device=DEVICE)
+    exact = DEVICE.type == "cpu"
+
+    plan = windows(len(nats), T, stride)
+    again = [(token_nats(model, tokens[None, start:end], tokens[None, start + 1 : end + 1])[0, first - start :]
+              - nats[first:end]).double() for start, end, first in plan[:: -(-len(plan) // 5)]]
+    moved = torch.cat(again).mean().abs().item()
+    audit.check("reproduced", moved <= (1e-5 if exact else 1e-2), windows=len(again), mean_nats_moved_by=moved)
+
+    length = T + 3 * stride + 1
+    text = tokens.repeat(-(-length // len(tokens)))[:length]
+    text = torch.where(text == BOS_ID, 2, text)  # a document that began before: a BOS would wipe out a state that leaks
+    other = torch.where(text > 2, text - 1, V - 1)
+
+    def path(tokens):
+        return score(nats_of, tokens, hp, stride)[0]
+
+    before, cuts = path(text), sorted({min(48, T), T + stride // 2 + 1})  # in the first window, in a later one
+    moved = max((path(torch.cat((text[:k], other[k:]))) - before)[: k - 1].abs().max().item() for k in cuts)
+    audit.check("causality", moved == 0, rewritten_from=cuts, earlier_scores_moved_by=moved)
+
+    border = max(1, T // 4)
+    one, two = (path(torch.cat((first[:border], bos, text[border + 1 :]))) for first in (text, other))
+    moved = (one - two)[border:].abs().max().item()
+    # fla sums log decay across documents, and the rounding of the sums differs
+    audit.check("isolation", moved <= (0 if exact else 0.1), next_document_moved_by=moved)
+
+    n = min(T, 40 if exact else 80)  # across a border between chunks
+    rows = text[:n].repeat(n + 1, 1)
+    rows[1:].diagonal().copy_(other[:n])
+    logits = model(rows)
+    moved = (logits[1:] - logits[:1]).abs().amax(-1).tril(-1).max().item()  # row i has another token i
+    audit.check("target", moved <= (1e-4 if exact else 0.1), targets=n, distribution_before_it_moved_by=moved)
+
+    x = torch.cat((bos, text))[:8].expand(V, -1)
+    sums = torch.logsumexp(-nats_of(x, torch.arange(V, device=DEVICE).unsqueeze(1).expand_as(x)).double(), 0)
+    audit.check("normalisation", sums.abs().max() < 1e-4, vocabulary=V, positions=len(sums),
+                log_of_summed_probabilities=sums.abs().max().item())
+
+# -----------------------------------------------------------------------------
+# 13. Training
 
 def scorer(model: GPT):
     """(x, y) -> nats [B, T]; the one compiled function of training and scoring on CUDA, eager on a CPU."""
@@ -1114,11 +1251,11 @@ def timing_of(step: int, seconds: float) -> str:
 def validate(hp: Hyperparameters, nats_of, validation: Validation, label: str, stride: int, timing="") -> dict:
     """Scores and logs `label val_loss:.. val_bpb:..`; with EVAL_SEQ_LEN as stride, windows do not overlap."""
     start = time.perf_counter()
-    nats = score(nats_of, validation.tokens, hp, stride)
+    nats, count = score(nats_of, validation.tokens, hp, stride)
     loss, bpb = validation.loss_and_bpb(nats)
     seconds = time.perf_counter() - start
     log.info(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {timing or f'eval_time:{1000 * seconds:.0f}ms'}")
-    return dict(val_loss=loss, val_bpb=bpb, seconds=seconds, nats=nats)
+    return dict(val_loss=loss, val_bpb=bpb, seconds=seconds, nats=nats, count=count)
 
 def accumulate(nats_of, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Adds the gradients of all micro-batches. Returns their mean loss."""
@@ -1142,13 +1279,16 @@ def warm_up(hp: Hyperparameters, model: GPT, nats_of) -> None:
         log.info(f"warmup_step:{step}/{hp.warmup_steps}")
     model.load_state_dict(saved)
 
-def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Validation) -> dict:
+def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Validation, audit: Audit) -> dict:
     """Trains inside the budget, leaves the averaged weights in the model and returns the Hessians and the figures.
     Raises: FloatingPointError when the loss is not finite, before anything is written."""
     log.info(f"train_loader:dataset:{os.path.basename(os.path.normpath(hp.data_path))} "
              f"train_shards:{len(stream.paths)} tokens:{len(stream)} grad_accum_steps:{grad_accum_steps(hp)}")
     nats_of = scorer(model)
+    untrained = fingerprint(model)
     warm_up(hp, model, nats_of)
+    audit.check("warm_up", fingerprint(model) == untrained, weights=untrained)
+    audit.end_phase("warm_up")
     optimizer, params = Muon(model, hp), [p.detach() for p in model.parameters()]
     average = [p.clone() for p in params]  # exponential moving average of the weights, float32
     path = f"{hp.artifact}.rank{RANK}of{WORLD_SIZE}.checkpoint"
@@ -1165,10 +1305,11 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
     loader = TrainLoader(stream, hp, position)
     while True:
         # all ranks follow the slowest one's clock, or they would stop, and anneal, at different steps
-        seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=DEVICE)
-        seconds = all_reduce(seconds, dist.ReduceOp.MAX).item()
+        clock = [time.perf_counter() - start, max(recent, default=0.0)]
+        clock = torch.tensor(clock, dtype=torch.float64, device=DEVICE)
+        seconds, longest = all_reduce(clock, dist.ReduceOp.MAX).tolist()
         progress = training_progress(hp, step, seconds)
-        out_of_time = seconds + max(recent, default=0.0) > train_budget(hp)
+        out_of_time = seconds + longest > train_budget(hp)
         last = step >= hp.iterations or out_of_time
         if last or (hp.val_loss_every and step % hp.val_loss_every == 0):
             paused = time.perf_counter()
@@ -1196,8 +1337,8 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
 
     if out_of_time:
         log.info(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{hp.iterations}")
-    floor = lr_multiplier(hp, progress)
-    distance = torch.stack(torch._foreach_norm(torch._foreach_sub(average, params))).norm()
+    audit.end_phase("training")
+    raw_weights = [p.clone() for p in params]
     torch._foreach_copy_(params, average)
     hessians = collect_hessians(model, [pair for _ in range(hp.gptq_calibration_batches) for pair in loader.next()])
     loader.close()  # from here on there is no training data
@@ -1205,64 +1346,106 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
         torch.cuda.synchronize()
         log.info(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
                  f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB")
-    total = time.perf_counter() - start
-    log.info(f"ema:applied distance:{distance:.4f} lr_multiplier_at_stop:{floor:.4f}")
-    fraction = len(hessians) / sum(kind != "scalar" for kind in model.kinds.values())
-    log.info(f"gptq:collected {len(hessians)} Hessians hessian_fraction:{fraction:.4f} "
-             f"train+hessians:{1000 * total:.0f}ms")
-    return dict(hessians=hessians, step_stop=step, wallclock_seconds=round(total, 3), raw_val_bpb=raw["val_bpb"])
+    total, last_read = time.perf_counter() - start, loader.last_read - start
+    log.info(f"train+hessians:{1000 * total:.0f}ms last_read:{1000 * last_read:.0f}ms")
+    audit.end_phase("hessians")
+    tokens = (step + hp.gptq_calibration_batches) * hp.train_batch_tokens
+    audit.check("schedule", optimizer.lr_multiplier <= lr_multiplier(hp, 1 - 2 / max(step, 1)) + 0.05 and
+                tokens == loader.position, lr_multiplier_at_stop=optimizer.lr_multiplier, tokens_read=loader.position,
+                of_them_needed=tokens)
+    distance = torch.stack(torch._foreach_norm(torch._foreach_sub(params, raw_weights))).norm().item()
+    audit.check("ema", (distance > 0) == (hp.ema_decay > 0), distance=distance)
+    dead = len(params) - optimizer.reached()
+    audit.check("gradients", dead == 0, parameters=len(params), never_reached=dead)
+    return dict(hessians=hessians, step_stop=step, wallclock_seconds=round(total, 3),
+                last_read_seconds=round(last_read, 3), raw_val_bpb=raw["val_bpb"])
 
 # -----------------------------------------------------------------------------
-# 13. Main
+# 14. Main
 
-def pack(hp: Hyperparameters, model: GPT, validation: Validation, hessians: dict) -> dict:
+def pack(hp: Hyperparameters, model: GPT, validation: Validation, hessians: dict, audit: Audit) -> dict:
     """Quantizes the averaged weights with GPTQ and writes the artifact; then scores them, and round-to-nearest."""
-    start = time.perf_counter()
     quantized = quantize(model, hp, hessians)
-    log.info(f"gptq:quantized {len(quantized)} tensors time:{1000 * (time.perf_counter() - start):.0f}ms")
     if RANK == 0:
         save_artifact(hp.artifact, model, hp, quantized)
     barrier()  # no rank goes on before it is written
+    audit.end_phase("pack")
+    nearest, shipped = quantize(model, hp), dequantized(model, quantized)
+    fraction = len(hessians) / sum(kind != "scalar" for kind in model.kinds.values())
+    ours, rounding = (output_errors(model, q, hessians) for q in (quantized, nearest))
+    # the n-gram table's Hessian may be the identity, for which GPTQ is rounding
+    no_better = [name for name in ours if ours[name] >= rounding[name] and name != "ngram.table"]
+    audit.check("gptq", fraction == 1 and not no_better, hessian_fraction=fraction, no_better_than_rounding=no_better,
+                output_error_over_rounding=sum(ours.values()) / sum(rounding.values()))
     ema = validate(hp, scorer(model), validation, "diagnostic pre-quantization post-ema", hp.eval_seq_len)
-    nearest = scorer(dequantized(model, quantize(model, hp)))
-    rtn = validate(hp, nearest, validation, "diagnostic round-to-nearest", hp.eval_seq_len)
-    return dict(pre_quant_val_bpb=ema["val_bpb"], rtn_val_bpb=rtn["val_bpb"])
+    rtn = validate(hp, scorer(dequantized(model, nearest)), validation, "diagnostic round-to-nearest", hp.eval_seq_len)
+    audit.end_phase("diagnostics")
+    return dict(pre_quant_val_bpb=ema["val_bpb"], rtn_val_bpb=rtn["val_bpb"], shipped=fingerprint(shipped))
 
-def log_sizes(hp: Hyperparameters) -> dict:
-    """Artifact plus this file as they lie on disk. Raises: ValueError over the cap; the artifact is kept."""
+def audit_limits(audit: Audit, hp: Hyperparameters, figures: dict) -> dict:
+    """Bytes on disk and seconds against what is allowed. Returns the sizes."""
     label = f"int{hp.matrix_bits}+{hp.compressor}"
     code, model = os.path.getsize(__file__), os.path.getsize(hp.artifact)
     log.info(f"Code size: {code} bytes")
     log.info(f"Serialized model {label}: {model} bytes")
     log.info(f"Total submission size {label}: {code + model} bytes")
-    if code + model > SIZE_LIMIT:
-        raise ValueError(f"{hp.artifact}: {model} bytes and {code} bytes of code, over the cap of {SIZE_LIMIT}")
-    return dict(bytes_code=code, bytes_model=model, bytes_total=code + model)
+    sizes = dict(bytes_code=code, bytes_model=model, bytes_total=code + model)
+    audit.check("size", code + model <= SIZE_LIMIT, **sizes, head_room=SIZE_LIMIT - code - model)
+    training = max(figures.get("wallclock_seconds", 0), figures.get("last_read_seconds", 0))
+    within = training <= hp.max_wallclock_seconds and figures["eval_time_seconds"] <= TIME_LIMIT
+    audit.check("time", within or hp.max_wallclock_seconds <= 0, training=training, of=hp.max_wallclock_seconds,
+                evaluation=figures["eval_time_seconds"], evaluation_of=TIME_LIMIT, phases=audit.phases)
+    return sizes
 
-def evaluate(hp: Hyperparameters, validation: Validation) -> dict:
-    """Scores the artifact as it lies on disk, in a fresh model; the sliding window is the number that counts."""
+def evaluate(hp: Hyperparameters, validation: Validation, audit: Audit, shipped: str | None = None) -> dict:
+    """Scores the artifact as it lies on disk, in a fresh model; the sliding window is the number that counts.
+    shipped: fingerprint of the weights that were packed, if this run packed them."""
     model, saved = load_artifact(hp.artifact, DEVICE)
-    nats_of = scorer(model)
+    nats_of, targets, passes = scorer(model), len(validation.target_bytes), {}
     for name, stride in ("roundtrip", hp.eval_seq_len), ("sliding_window", hp.eval_stride):
         label = f"final_int{saved.matrix_bits}_{name}"
-        final = validate(hp, nats_of, validation, label, stride)
+        ledger = [("score", 0, targets, fingerprint(model))]
+        final = passes[name] = validate(hp, nats_of, validation, label, stride)
         log.info(f"{label}_exact val_loss:{final['val_loss']:.8f} val_bpb:{final['val_bpb']:.8f}")
+        audit.end_phase(name)
+    ledger.append(("score", targets, targets, fingerprint(model)))  # as the pass left them
     if hp.scores and RANK == 0:
         np.savez(hp.scores, nats=final["nats"].cpu().numpy(), bytes=validation.target_bytes.cpu().numpy(),
                  position=np.arange(1, len(validation.tokens)))
+    count, expected = final["count"], sum(path.stat().st_size - HEADER_BYTES for path in validation.paths) // 2 - 1
+    audit.check("once", len(count) == expected and (count == 1).all(), targets=expected, scored=count.sum().item(),
+                least=count.min().item(), most=count.max().item())
+    fresh, _ = load_artifact(hp.artifact, DEVICE)
+    weights = fingerprint(fresh)
+    audit.check("ledger", score_first(ledger, weights) and shipped in (None, weights), artifact=weights, packed=shipped,
+                scored_from=ledger[0][-1], scored_to=ledger[-1][-1])
+    implied = final["val_loss"] / math.log(2) * expected / final["val_bpb"]
+    audit.check("identity", abs(implied - sum(map(len, validation.texts()))) < 1, implied_bytes=implied,
+                val_loss=final["val_loss"], val_bpb=final["val_bpb"])
+    # a model that more context makes worse was how the leaks showed
+    bits = (final["nats"] - passes["roundtrip"]["nats"]) / math.log(2) / validation.bytes
+    worse, noise = bits.sum().item(), bits.std(correction=0).item() * len(bits) ** 0.5
+    audit.check("leak_alarm", worse <= 1e-3 + 3 * noise, sliding_worse_than_roundtrip_by=worse, noise=noise)
+    probe(audit, hp, validation.tokens, fresh, nats_of, final["nats"])
+    audit.end_phase("audit")
     return dict(val_bpb=final["val_bpb"], val_loss=final["val_loss"], eval_time_seconds=round(final["seconds"], 3))
 
-def write_submission(hp: Hyperparameters, validation: Validation, figures: dict) -> None:
+def write_submission(hp: Hyperparameters, validation: Validation, figures: dict, audit: Audit) -> None:
     """submission.json: scores of the official validation split, within 600 s, at the top; any other in `own_text`."""
     scores = {name: figures.pop(name) for name in "val_bpb val_loss raw_val_bpb pre_quant_val_bpb rtn_val_bpb".split()}
-    own_text = dict(data_path=hp.data_path, documents=validation.documents, bytes=validation.bytes, **scores)
-    official = validation.is_official and figures["wallclock_seconds"] <= 600
+    own_text = dict(data_path=hp.data_path, documents=len(validation.documents), bytes=validation.bytes, **scores)
+    compliance = dict(artifact_under_16mb=figures["bytes_total"] <= SIZE_LIMIT,
+                      train_under_600s=figures["wallclock_seconds"] <= TIME_LIMIT,
+                      eval_under_600s=figures["eval_time_seconds"] <= TIME_LIMIT,
+                      full_validation_split=validation.is_official)
+    official = all(compliance.values())
     hardware = f"{WORLD_SIZE}x{torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'}"
     submission = dict(
         author=hp.author or None, github_id=hp.github_id or None, name="Gated DeltaNet / sliding-window hybrid",
         date=time.strftime("%Y-%m-%d", time.gmtime()), track="10min_16mb", preset=hp.preset, run_id=hp.run_id,
         seed=hp.seed, hardware=hardware, pytorch_version=torch.__version__,
-        **(scores if official else dict.fromkeys(scores)), own_text=None if official else own_text, **figures)
+        **(scores if official else dict.fromkeys(scores)), own_text=None if official else own_text, **figures,
+        compliance=compliance | {name: check["passed"] for name, check in audit.checks.items()})
     Path("submission.json").write_text(json.dumps(submission, indent=2) + "\n")
 
 def log_setup(hp: Hyperparameters, model: GPT, validation: Validation) -> None:
@@ -1271,36 +1454,42 @@ def log_setup(hp: Hyperparameters, model: GPT, validation: Validation) -> None:
         log.info(f"  {name}: {value}")
     log.info(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={hp.tokenizer_path}")
     log.info(f"val_loader:shards:{len(validation.paths)} tokens:{len(validation.target_bytes)} "
-             f"documents:{validation.documents} bytes:{validation.bytes} official:{validation.is_official}")
+             f"documents:{len(validation.documents)} bytes:{validation.bytes} official:{validation.is_official}")
     if validation.bytes <= 1 << 23:  # seconds; on the official split it would be minutes
-        log.info(f"reference brotli-11 val_bpb:{validation.brotli_bpb():.4f}")
+        bits = 8 * len(brotli.compress(b"".join(validation.texts()), quality=11, lgwin=24))
+        log.info(f"reference brotli-11 val_bpb:{bits / validation.bytes:.4f}")
     log.info(f"model_params:{sum(p.numel() for p in model.parameters())}")
     log.info(f"world_size:{WORLD_SIZE} device:{DEVICE.type} dtype:{COMPUTE_DTYPE}")
 
 def main() -> None:
-    hp = Hyperparameters.from_env(os.environ)
+    audit, hp = Audit(), Hyperparameters.from_env(os.environ)
     init_ranks()
     init_log(hp)
     torch.manual_seed(hp.seed)
     torch.set_float32_matmul_precision("highest")  # no TF32: products are bfloat16, or float32 for a reason
     if hp.eval_only:
         model, saved = load_artifact(hp.artifact, DEVICE)
-        saved.run_id = hp.run_id
-        hp = Hyperparameters.from_env(os.environ, base=saved)
-        validation = Validation(hp)
-        log_setup(hp, model, validation)
-        log_sizes(hp)
-        evaluate(hp, validation)
+        hp, stream = Hyperparameters.from_env(os.environ, base=replace(saved, run_id=hp.run_id)), None
+        names = [f.name for f in fields(hp)]
+        for name in names[names.index("layout") : names.index("logit_softcap") + 1]:
+            hp.require(name, getattr(hp, name) == getattr(saved, name), f"{getattr(saved, name)}, as the artifact says")
     else:
-        stream, validation = TokenStream(hp.data_path, "train", hp.vocab_size), Validation(hp)
-        model = GPT(hp).to(DEVICE)
-        log_setup(hp, model, validation)
-        figures = train(hp, model, stream, validation)
-        figures |= pack(hp, model, validation, figures.pop("hessians"))
-        figures |= log_sizes(hp)
-        figures |= evaluate(hp, validation)
-        if RANK == 0:
-            write_submission(hp, validation, figures)
+        model, stream = GPT(hp).to(DEVICE), TokenStream(hp.data_path, "train", hp.vocab_size)
+    validation, figures = Validation(hp), {}
+    log_setup(hp, model, validation)
+    audit_data(audit, hp, validation, stream)
+    if stream:
+        audit.verdict()  # before ten minutes are spent
+    audit.end_phase("setup")
+    if stream:
+        figures |= train(hp, model, stream, validation, audit)
+        figures |= pack(hp, model, validation, figures.pop("hessians"), audit)
+    figures |= evaluate(hp, validation, audit, figures.pop("shipped", None))
+    figures |= audit_limits(audit, hp, figures)
+    log.info(f"audit: {json.dumps(audit.checks)}")
+    audit.verdict()
+    if stream and RANK == 0:
+        write_submission(hp, validation, figures, audit)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
 

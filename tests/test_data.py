@@ -272,10 +272,18 @@ def test_any_folder_name_will_do(tmp_path, folder):
 
 
 def test_shards_are_read_in_the_order_of_their_names(tmp_path):
-    for name, first in ("000010", 30), ("000002", 20), ("000000", BOS):
-        write_shard(tmp_path / f"fineweb_train_{name}.bin", [first, first + 1])
+    for i in reversed(range(12)):
+        write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", [BOS, 50 + i])
     stream = TokenStream(str(tmp_path), "train", 100)
-    assert stream.read(0, 6).tolist() == [BOS, BOS + 1, 20, 21, 30, 31]
+    assert stream.read(0, 24).tolist() == [token for i in range(12) for token in (BOS, 50 + i)]
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_shard_missing_before_the_last_is_an_error(tmp_path, missing):
+    for i in {0, 1, 2} - {missing}:
+        write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", [BOS, 5])
+    with pytest.raises(FileNotFoundError, match=f"DATA_PATH=.*fineweb_train_00000{missing}.bin was expected"):
+        TokenStream(str(tmp_path), "train", 100)
 
 
 @pytest.mark.parametrize("first", [0, 2, 99])
@@ -405,8 +413,9 @@ def test_a_loader_resumes_from_its_position(tmp_path, ring, tiny, taken):
 @pytest.mark.parametrize("taken", [0, 1])
 def test_a_closed_loader_gives_no_more_data(tmp_path, ring, tiny, taken):
     """However far the thread had come when it was closed: often enough for both outcomes of the race."""
-    stream, hp = open_stream(tmp_path), tiny(train_batch_tokens=256)
+    hp = tiny(train_batch_tokens=256)
     for _ in range(30):
+        stream = open_stream(tmp_path)
         loader = TrainLoader(stream, hp)
         for _ in range(taken):
             loader.next()
@@ -414,6 +423,8 @@ def test_a_closed_loader_gives_no_more_data(tmp_path, ring, tiny, taken):
         for _ in range(2):
             with pytest.raises(RuntimeError):
                 loader.next()
+        with pytest.raises(IndexError):
+            stream.read(0, 1)
 
 
 @pytest.mark.parametrize("world_size, accumulation, batch, length", [

@@ -315,7 +315,8 @@ class Run:
         with monkeypatch.context() as patch:
             patch.setattr(Muon, "step", step)
             patch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: self.now))
-            self.figures = train_gpt.train(hp, model, stream, validation)
+            self.audit = train_gpt.Audit()
+            self.figures = train_gpt.train(hp, model, stream, validation, self.audit)
         self.calls, self.weights = self.calls[hp.warmup_steps :], self.weights[hp.warmup_steps :]
 
 

@@ -44,6 +44,10 @@ def losses(text: str) -> list[float]:
     return [float(x) for x in re.findall(r"step:\d+/\d+ train_loss:(\S+)", text)]
 
 
+def final_line(text: str) -> str:
+    return [line for line in text.splitlines() if line.startswith("final_int6_sliding_window_exact val_loss:")][-1]
+
+
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> dict:
     """The demo corpus, its validation text cut to 12,000 tokens so that scoring takes seconds."""
@@ -71,9 +75,11 @@ def test_the_log_starts_with_the_source_and_ends_with_the_score(run):
     source = (ROOT / "train_gpt.py").read_text()
     assert log.startswith(source)
     assert log[len(source):].startswith("\n" + "=" * 100 + "\nRunning Python ")
-    assert log.splitlines()[-1].startswith("final_int6_sliding_window_exact val_loss:")
+    audit = log.splitlines()[-1].removeprefix("audit: ")
+    assert len(json.loads(audit)) >= 15 and all(check["passed"] for check in json.loads(audit).values())
+    assert sum(line.startswith("audit: ") for line in log.splitlines()) <= 20
     for line in ("warmup_step:2/2", "step:1/40 train_loss:", "step:20/40 val_loss:", "step:40/40 val_loss:",
-                 "hessian_fraction:1.0000", "reference brotli-11 val_bpb:", "Total submission size int6+brotli:"):
+                 '"hessian_fraction": 1.0', "reference brotli-11 val_bpb:", "Total submission size int6+brotli:"):
         assert line in log
 
 
@@ -103,7 +109,7 @@ def test_the_score_can_be_recomputed_from_its_file(run, demo):
     text = [sp.decode(tokens[a:b].tolist()).encode() for a, b in zip(starts, starts[1:], strict=False)]
     assert scores["bytes"].sum() == sum(map(len, text))
     bpb = scores["nats"].sum() / math.log(2) / sum(map(len, text))
-    assert f"val_bpb:{bpb:.8f}" == log.splitlines()[-1].split()[-1]
+    assert f"val_bpb:{bpb:.8f}" == final_line(log).split()[-1]
 
 
 def test_a_new_process_scores_the_artifact_to_the_last_digit(run):
@@ -111,7 +117,7 @@ def test_a_new_process_scores_the_artifact_to_the_last_digit(run):
     result = launch(folder, nproc=0, EVAL_ONLY="1", ARTIFACT="final_model.int6.ptz", SCORES="again.npz",
                     **{name: env[name] for name in ("DATA_PATH", "TOKENIZER_PATH")})
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == log.splitlines()[-1]
+    assert final_line(result.stdout) == final_line(log)
     first, again = (np.load(folder / name)["nats"] for name in ("scores.npz", "again.npz"))
     assert np.array_equal(first, again)
 
@@ -129,24 +135,29 @@ def test_submission_json_claims_nothing_for_other_text(run):
     submission = json.loads((folder / "submission.json").read_text())
     assert submission["val_bpb"] is None and submission["val_loss"] is None
     own = submission["own_text"]
-    assert f"val_bpb:{own['val_bpb']:.8f}" == log.splitlines()[-1].split()[-1]
+    assert f"val_bpb:{own['val_bpb']:.8f}" == final_line(log).split()[-1]
     assert submission["bytes_total"] == submission["bytes_code"] + submission["bytes_model"]
     assert submission["step_stop"] == 40
 
 
-@pytest.mark.parametrize("official, seconds, claimed", [
-    (True, 599.9, True), (True, 600.1, False), (False, 100.0, False),
-], ids=["official", "official but too long", "other text"])
-def test_a_score_is_claimed_for_the_official_split_in_600_seconds(
-    tmp_path, monkeypatch, tiny, official, seconds, claimed
+@pytest.mark.parametrize("official, changes, claimed", [
+    (True, {}, True), (False, {}, False), (True, dict(wallclock_seconds=600.1), False),
+    (True, dict(eval_time_seconds=600.1), False), (True, dict(bytes_total=16_000_001), False),
+], ids=["official", "other text", "trained too long", "evaluated too long", "too large"])
+def test_a_score_is_claimed_for_the_official_split_within_the_limits(
+    tmp_path, monkeypatch, tiny, official, changes, claimed
 ):
     monkeypatch.chdir(tmp_path)
     scores = dict(val_bpb=1.5, val_loss=2.5, raw_val_bpb=1.6, pre_quant_val_bpb=1.4, rtn_val_bpb=1.7)
-    validation = SimpleNamespace(is_official=official, documents=50_000, bytes=151_050_000)
-    train_gpt.write_submission(tiny(), validation, dict(scores, wallclock_seconds=seconds))
+    validation = SimpleNamespace(is_official=official, documents=range(50_000), bytes=151_050_000)
+    limits = dict(wallclock_seconds=600.0, eval_time_seconds=600.0, bytes_total=16_000_000)
+    audit = train_gpt.Audit()
+    audit.check("causality", True)
+    train_gpt.write_submission(tiny(), validation, scores | limits | changes, audit)
     submission = json.loads((tmp_path / "submission.json").read_text())
     assert {name: submission[name] for name in scores} == (scores if claimed else dict.fromkeys(scores))
-    assert (submission["own_text"] is None) == claimed
+    assert (submission["own_text"] is None) == claimed == all(submission["compliance"].values())
+    assert submission["compliance"]["causality"] is True
 
 
 def test_a_resumed_run_adds_to_its_log(tmp_path, monkeypatch, tiny):
@@ -171,7 +182,7 @@ def test_the_artifact_is_written_before_anything_else_can_fail(tmp_path, monkeyp
 
     monkeypatch.setattr(train_gpt, "validate", fails)
     with pytest.raises(FloatingPointError):
-        train_gpt.pack(hp, model, None, hessians)
+        train_gpt.pack(hp, model, None, hessians, train_gpt.Audit())
     train_gpt.load_artifact(hp.artifact, "cpu")
 
 
@@ -197,9 +208,10 @@ def test_the_clock_stops_training_inside_the_budget(demo, tmp_path):
     assert result.returncode == 0, result.stderr
     log = (tmp_path / "logs" / "clock.txt").read_text()
     assert "gptq:reserving 2s, effective=8000ms" in log
-    assert 4000 < figure(log, r"stopping_early: wallclock_cap train_time:") <= 8000
+    # the next step is expected to take as long as the longest of the last ten: the system may still hold it up
+    assert 4000 < figure(log, r"stopping_early: wallclock_cap train_time:") <= 8400
     assert figure(log, r"train\+hessians:") <= 10_000
-    assert figure(log, "lr_multiplier_at_stop:") == pytest.approx(0.1, abs=0.05)
+    assert figure(log, 'lr_multiplier_at_stop": ') == pytest.approx(0.1, abs=0.05)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(demo, tmp_path):
@@ -223,12 +235,16 @@ def test_bad_input_gives_one_error_that_names_it(demo, tmp_path, change, message
     assert not list(tmp_path.glob("*.ptz"))
 
 
-def test_an_artifact_over_the_cap_is_refused_and_kept(tmp_path, monkeypatch, tiny):
+@pytest.mark.parametrize("excess", [0, 1])
+def test_an_artifact_over_the_cap_fails_the_audit_and_is_kept(tmp_path, tiny, excess):
+    """Decimal megabytes, with the code."""
     hp = tiny(artifact=str(tmp_path / "model.ptz"))
-    size = train_gpt.save_artifact(hp.artifact, train_gpt.GPT(hp), hp) + (ROOT / "train_gpt.py").stat().st_size
-    monkeypatch.setattr(train_gpt, "SIZE_LIMIT", size)
-    assert train_gpt.log_sizes(hp)["bytes_total"] == size
-    monkeypatch.setattr(train_gpt, "SIZE_LIMIT", size - 1)
-    with pytest.raises(ValueError, match=r"model\.ptz.*over the cap"):
-        train_gpt.log_sizes(hp)
-    assert Path(hp.artifact).exists()
+    with open(hp.artifact, "wb") as file:
+        file.truncate(16_000_000 - (ROOT / "train_gpt.py").stat().st_size + excess)
+    audit = train_gpt.Audit()
+    sizes = train_gpt.audit_limits(audit, hp, dict(eval_time_seconds=1.0))
+    assert sizes["bytes_total"] == 16_000_000 + excess and Path(hp.artifact).exists()
+    assert audit.checks["size"]["passed"] is (excess == 0)
+    if excess:
+        with pytest.raises(RuntimeError, match="audit failed: size"):
+            audit.verdict()
