@@ -146,10 +146,10 @@ def test_bytes_of_one_token(previous, target, expected):
 def test_every_byte_piece_is_one_byte_and_every_control_piece_none():
     sp = edited_tokenizer()
     luts = build_sentencepiece_luts(sp, sp.vocab_size(), "cpu")
-    assert [luts.base_bytes[sp.piece_to_id(f"<0x{byte:02X}>")].item() for byte in range(256)] == 256 * [1]
+    assert [luts[0][sp.piece_to_id(f"<0x{byte:02X}>")].item() for byte in range(256)] == 256 * [1]
     silent = {sp.piece_to_id(piece) for piece in ("<pad>", "<s>", "</s>", "<unk>", "▁ctl", "▁gone")}
-    assert set(luts.is_boundary.nonzero().flatten().tolist()) == silent
-    assert all(luts.base_bytes[i] == 0 and not luts.has_leading_space[i] for i in silent)
+    assert set(luts[2].nonzero().flatten().tolist()) == silent
+    assert all(luts[0][i] == 0 and not luts[1][i] for i in silent)
 
 
 def test_documents_without_text_add_nothing(sp):

@@ -274,6 +274,11 @@ def validation(tmp_path, tiny) -> Validation:
     return Validation(tiny(**write_corpus(tmp_path)))
 
 
+def load_sp(validation):
+    """The tokenizer that write_corpus put beside the shards."""
+    return load((validation.paths[0].parent / "tokenizer.model").read_bytes())
+
+
 def read_tokens(validation) -> list[int]:
     """What write_corpus put into the validation shard, read here."""
     return np.concatenate([np.fromfile(path, "<u2")[512:] for path in validation.paths]).tolist()
@@ -282,7 +287,7 @@ def read_tokens(validation) -> list[int]:
 def test_validation_counts_the_bytes_of_the_text(validation):
     ids = read_tokens(validation)
     assert validation.tokens.tolist() == ids
-    assert validation.bytes == decoded_bytes(validation.sp, ids) == validation.target_bytes.sum()
+    assert validation.bytes == decoded_bytes(load_sp(validation), ids) == validation.target_bytes.sum()
     assert len(validation.target_bytes) == len(ids) - 1
     assert len(validation.documents) == ids.count(BOS) > 1
     assert np.concatenate(validation.documents).tolist() == ids
@@ -292,17 +297,17 @@ def test_validation_reads_all_shards(tmp_path, tiny):
     hp = tiny(**write_corpus(tmp_path))
     alone = Validation(hp)
     text = "Another document, in another shard."
-    write_shard(tmp_path / "fineweb_val_000001.bin", document_ids(alone.sp, text))
+    write_shard(tmp_path / "fineweb_val_000001.bin", document_ids(load_sp(alone), text))
     both = Validation(hp)
     assert both.bytes == alone.bytes + len(text)
     assert len(both.documents) == len(alone.documents) + 1
-    assert both.texts() == [*alone.texts(), text.encode()]
+    assert both.texts == [*alone.texts, text.encode()]
 
 
 def test_loss_and_bpb_by_hand(validation):
     nats = torch.rand(len(validation.target_bytes), dtype=torch.float64)
     loss, bpb = validation.loss_and_bpb(nats)
-    text_bytes = decoded_bytes(validation.sp, read_tokens(validation))
+    text_bytes = decoded_bytes(load_sp(validation), read_tokens(validation))
     assert loss == pytest.approx(math.fsum(nats.tolist()) / len(nats), rel=1e-12)
     assert bpb == pytest.approx(math.fsum(n / math.log(2) for n in nats.tolist()) / text_bytes, rel=1e-12)
 
@@ -340,7 +345,7 @@ def test_a_wrong_byte_table_is_noticed(tmp_path, tiny, monkeypatch, wrong):
     train_gpt.audit_data(audit, hp, Validation(hp), None)
     assert audit.checks["bytes"]["passed"]
     monkeypatch.setattr(train_gpt, "build_sentencepiece_luts",
-                        lambda *args: train_gpt.ByteLuts(*WRONG_TABLES[wrong](*right(*args))))
+                        lambda *args: WRONG_TABLES[wrong](*right(*args)))
     train_gpt.audit_data(audit, hp, Validation(hp), None)
     assert not audit.checks["bytes"]["passed"] and audit.checks["bytes"]["wrong_documents"] > 0
 
