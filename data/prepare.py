@@ -3,12 +3,14 @@
     python data/prepare.py --variant sp8192 --train-shards 80        # official shards, from the Hugging Face hub
     python data/prepare.py --docs text.jsonl.zst --num-val-docs 500 --vocab-size 1024 --name mytext    # own text
     python data/prepare.py --demo          # offline, seconds: the documentation of the running Python installation
+    ... --docs or --demo with --caseops    # case as operator characters, see `encode_case`; a lossless transform
 
 Layout under --output-root (default: the folder of this file):
 
-    datasets/<name>/fineweb_{train,val}_%06d.bin    <name> is fineweb10B_<variant>, --name or demo
+    datasets/<name>/fineweb_{train,val}_%06d.bin    <name> is fineweb10B_<variant>, --name, demo or demo_caseops
+    datasets/<name>/fineweb_val_bytes_%06d.bin      with --caseops: bytes of each validation token, see `case_bytes`
     datasets/<name>/stats.json                      written last: a folder without it is not complete
-    tokenizers/*_<vocab size>_bpe.model
+    tokenizers/*_<vocab size>_bpe.model             with --caseops: ..._bpe_caseops.model
     manifest.json                                   of the last download
 
 Shard: 256 little-endian int32 (magic, version, number of tokens, zeros), then the tokens as little-endian uint16.
@@ -43,6 +45,8 @@ from tqdm import tqdm
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 BOS = 1
 OFFICIAL_REPO, COMMUNITY_REPO = "willdepueoai/parameter-golf", "kevclark/parameter-golf"
+TITLE, ALLCAPS, CAPNEXT, ESC = OPERATORS = "\ue001\ue002\ue003\ue004"
+OPERATOR_IDS = [4, 5, 6, 7]  # after padding, BOS, EOS and unknown
 COMPRESSOR_LIMIT = 8_000_000  # bytes of text; brotli-11 takes about two seconds per million
 DEMO_VOCAB_SIZE = 1024
 DEMO_MIN_BYTES, DEMO_VAL_BYTES, DEMO_MIN_DOCUMENT_BYTES = 500_000, 200_000, 200
@@ -111,10 +115,75 @@ def write_shards(folder: Path, split: str, documents: Iterable[list[int]], shard
 
 
 # -----------------------------------------------------------------------------
+# case operators
+
+
+def encode_case(text: str) -> str:
+    """The text with every maximal run of ASCII letters in lower case, and its capitals told by operator characters:
+
+    TITLE    before a run: its first letter is a capital        The -> TITLE the, A -> TITLE a
+    ALLCAPS  before a run of two letters or more: all are       USA -> ALLCAPS usa
+    CAPNEXT  in any other run, before each later capital        McDonald -> TITLE mc CAPNEXT donald
+    ESC      before an operator character that the text itself holds
+
+    All other characters stay. decode_case(encode_case(text)) == text for every string.
+    """
+    # only runs with a capital; not tried from the middle of a run, or a long one would take quadratic time
+    return re.sub(f"(?<![A-Za-z])[a-z]*[A-Z][A-Za-z]*|[{OPERATORS}]", encode_run, text)
+
+
+def encode_run(match: re.Match) -> str:
+    run = match[0]
+    if run in OPERATORS:
+        return ESC + run
+    if len(run) > 1 and run.isupper():
+        return ALLCAPS + run.lower()
+    first = TITLE + run[0].lower() if run[0].isupper() else run[0]
+    return first + re.sub("[A-Z]", lambda capital: CAPNEXT + capital[0].lower(), run[1:])
+
+
+def decode_case(text: str) -> str:
+    """The text that `encode_case` was given. Defined for every string: an operator acts on the ASCII letters right
+    after it, ESC on any character, and stands for nothing where there are none."""
+    pattern = f"{ESC}(.?)|{ALLCAPS}([A-Za-z]*)|[{TITLE}{CAPNEXT}]([A-Za-z]?)"
+    return re.sub(pattern, lambda found: found[1] or (found[2] or found[3] or "").upper(), text)
+
+
+def normalised(sp: spm.SentencePieceProcessor, text: str) -> str:
+    """The text as the model reads it (nmt_nfkc, spaces collapsed), with real spaces."""
+    return sp.normalize(text).replace("\u2581", " ")
+
+
+def piece_bytes(sp: spm.SentencePieceProcessor) -> np.ndarray:
+    """UTF-8 bytes of the original text by token id, [vocab size]: byte pieces 1, control pieces and operators 0."""
+    def size(i: int) -> int:
+        if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) or i in OPERATOR_IDS:
+            return 0
+        return 1 if sp.is_byte(i) else len(sp.id_to_piece(i).replace("\u2581", " ").encode())
+
+    return np.array([size(i) for i in range(sp.vocab_size())], dtype="<u2")
+
+
+def case_bytes(table: np.ndarray, ids: list[int]) -> np.ndarray:
+    """Bytes of the original text that each token of a document accounts for, uint16 [tokens]; table: `piece_bytes`.
+
+    The original is decode_case(sp.decode(ids)): the document after the model's normalisation and before the
+    transform. BOS and operators are 0 bytes; an operator character of the text itself, which stands after ESC, is 3.
+    """
+    counts, literal = table[ids], None
+    for at in np.flatnonzero(np.array(ids) == OPERATOR_IDS[OPERATORS.index(ESC)]):
+        if at != literal:
+            literal = at + 1
+            if ids[literal : literal + 1] and ids[literal] in OPERATOR_IDS:
+                counts[literal] = len(ESC.encode())
+    return counts
+
+
+# -----------------------------------------------------------------------------
 # tokenizer
 
 
-def load_tokenizer(path: Path) -> spm.SentencePieceProcessor:
+def load_tokenizer(path: Path, caseops: bool = False) -> spm.SentencePieceProcessor:
     sp = spm.SentencePieceProcessor(model_file=str(path))
     if sp.bos_id() != BOS:
         raise ValueError(f"{path}: found BOS id {sp.bos_id()}; expected {BOS}")
@@ -123,6 +192,14 @@ def load_tokenizer(path: Path) -> spm.SentencePieceProcessor:
         raise ValueError(f"{path}: has no piece for a lone space (U+2581)")
     if sp.vocab_size() > 2**16:
         raise ValueError(f"{path}: found {sp.vocab_size()} pieces; a shard holds ids below {2**16}")
+    pieces = map(sp.id_to_piece, range(sp.vocab_size()))
+    operators = [piece for piece in pieces if set(piece) & set(OPERATORS)]
+    has_ids = sp.encode(OPERATORS) == OPERATOR_IDS
+    if caseops and not (has_ids and operators == list(OPERATORS)):
+        raise ValueError(f"{path}: --caseops needs U+E001 to U+E004 as user-defined pieces {OPERATOR_IDS}, and in no "
+                         f"other piece; found {ascii(operators)} as {[sp.piece_to_id(piece) for piece in operators]}")
+    if has_ids and not caseops:
+        raise ValueError(f"{path}: has pieces for case operators; use it with --caseops")
     return sp
 
 
@@ -133,13 +210,21 @@ def training_slices(texts: Iterable[str]) -> Iterator[str]:
         yield from (text[start : start + 1000] for start in range(0, len(text), 1000))
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, model_prefix: Path) -> Path:
-    """BPE with the competition's settings."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int, model_prefix: Path, caseops: bool = False) -> Path:
+    """BPE with the competition's settings; with `caseops` of the transformed texts, the operators being pieces 4 to 7.
+
+    Returns the path of the model, <model_prefix>.model or <model_prefix>_caseops.model.
+    """
     model = io.BytesIO()
+    if caseops:
+        model_prefix = model_prefix.with_name(model_prefix.name + "_caseops")
+        reader = spm.SentencePieceNormalizer(rule_name="nmt_nfkc", add_dummy_prefix=False, escape_whitespaces=False)
+        texts = (encode_case(reader.normalize(text)) for text in texts)  # as `encode_documents` does
     spm.SentencePieceTrainer.train(
         sentence_iterator=training_slices(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
         character_coverage=0.999, byte_fallback=True, split_digits=True, normalization_rule_name="nmt_nfkc",
         add_dummy_prefix=False, hard_vocab_limit=False, pad_id=0, bos_id=BOS, eos_id=2, unk_id=3, minloglevel=2,
+        user_defined_symbols=list(OPERATORS) if caseops else [],
     )
     path = model_prefix.with_name(model_prefix.name + ".model")
     with atomic(path) as temporary:
@@ -147,8 +232,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_prefix: Path) -
     return path
 
 
-def encode_documents(sp: spm.SentencePieceProcessor, texts: Iterable[str]) -> Iterator[list[int]]:
-    texts = iter(texts)
+def encode_documents(sp: spm.SentencePieceProcessor, texts: Iterable[str], caseops: bool) -> Iterator[list[int]]:
+    """BOS and the ids of each text. The transform comes after normalisation, which joins letters with what follows
+    them and makes ASCII letters of others: it could separate an operator from its letter."""
+    texts = (encode_case(normalised(sp, text)) for text in texts) if caseops else iter(texts)
     while batch := list(islice(texts, 256)):  # by batches, so that SentencePiece uses all cores
         for ids in sp.encode(batch):
             yield [BOS] + ids
@@ -207,14 +294,26 @@ def compressor_bpb(text: bytes) -> dict[str, float]:
 
 
 def write_split(folder: Path, split: str, sp: spm.SentencePieceProcessor, texts: Iterable[str],
-                shard_tokens: int) -> tuple[dict, bytes]:
-    """Shard the texts. Returns the figures and, up to COMPRESSOR_LIMIT, the text that the tokens spell."""
-    figures = {"documents": 0, "tokens": 0, "bytes": 0}
-    spelled = bytearray()
+                shard_tokens: int, caseops: bool) -> tuple[dict, bytes]:
+    """Shard the texts, with `caseops` a byte sidecar for validation. Returns the figures and, up to COMPRESSOR_LIMIT,
+    the text that the tokens spell. Raises: ValueError if there is none, or if the sidecar does not sum to it."""
+    figures = {"documents": 0, "tokens": 0, "bytes": 0} | ({"documents_with_lost_case": 0} if caseops else {})
+    spelled, sidecar, table = bytearray(), [], piece_bytes(sp) if caseops else None
 
     def counted():
-        for ids in tqdm(encode_documents(sp, texts), desc=split, unit=" documents"):
-            text = sp.decode(ids[1:]).encode()  # nmt_nfkc changes text: what counts is what the tokens spell
+        for ids in tqdm(encode_documents(sp, texts, caseops), desc=split, unit=" documents"):
+            text = sp.decode(ids[1:])  # nmt_nfkc changes text: what counts is what the tokens spell
+            if caseops:
+                transformed, text = text, decode_case(text)
+                # the model normalises the transformed text too: j and a caron are one character, J and a caron not
+                figures["documents_with_lost_case"] += encode_case(text) != transformed
+                counts = case_bytes(table, ids)
+                if counts.sum() != len(text.encode()):
+                    raise ValueError(f"{split} document {figures['documents']} (from 0): its tokens account for "
+                                     f"{counts.sum()} bytes; expected the {len(text.encode())} of its text")
+                if split == "val":
+                    sidecar.append(counts)
+            text = text.encode()
             figures["documents"] += 1
             figures["tokens"] += len(ids)
             figures["bytes"] += len(text)
@@ -226,21 +325,24 @@ def write_split(folder: Path, split: str, sp: spm.SentencePieceProcessor, texts:
     if not figures["bytes"]:
         raise ValueError(f"no text for the {split} split of {folder}")
     figures["bytes_per_token"] = round(figures["bytes"] / figures["tokens"], 4)
+    if sidecar:
+        write_shards(folder, f"{split}_bytes", sidecar, shard_tokens, 2**16)
+        figures["sidecar_bytes"] = sum(int(counts.sum()) for counts in sidecar)
     return figures, bytes(spelled)
 
 
 def build_dataset(root: Path, name: str, tokenizer: Path, train: Iterable[str], val: Iterable[str],
-                  shard_tokens: int) -> dict:
+                  shard_tokens: int, caseops: bool = False) -> dict:
     """Shard both splits into datasets/<name>; `train` and `val` are iterated twice."""
-    sp = load_tokenizer(tokenizer)
+    sp = load_tokenizer(tokenizer, caseops)
     check_disjoint(train, val)
     folder = root / "datasets" / name
     (folder / "stats.json").unlink(missing_ok=True)
-    for shard in folder.glob("fineweb_*.bin"):  # the last shards of an earlier, longer run
+    for shard in folder.glob("fineweb_*.bin"):  # the last shards of an earlier, longer run, and its sidecars
         shard.unlink()
-    val_figures, val_text = write_split(folder, "val", sp, val, shard_tokens)
-    train_figures, _ = write_split(folder, "train", sp, train, shard_tokens)
-    stats = {"name": name, "tokenizer": str(tokenizer), "vocab_size": sp.vocab_size()}
+    val_figures, val_text = write_split(folder, "val", sp, val, shard_tokens, caseops)
+    train_figures, _ = write_split(folder, "train", sp, train, shard_tokens, caseops)
+    stats = {"name": name, "tokenizer": str(tokenizer), "vocab_size": sp.vocab_size(), "caseops": caseops}
     stats |= {"train": train_figures, "val": val_figures}
     if len(val_text) == val_figures["bytes"]:
         stats["val_compressor_bpb"] = compressor_bpb(val_text)
@@ -312,10 +414,10 @@ def split_demo(documents: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
     return texts[count:], texts[:count]
 
 
-def build_demo(root: Path, shard_tokens: int) -> dict:
+def build_demo(root: Path, shard_tokens: int, caseops: bool = False) -> dict:
     train, val = split_demo(demo_documents())
-    tokenizer = train_tokenizer(train, DEMO_VOCAB_SIZE, root / "tokenizers" / f"demo_{DEMO_VOCAB_SIZE}_bpe")
-    return build_dataset(root, "demo", tokenizer, train, val, shard_tokens)
+    tokenizer = train_tokenizer(train, DEMO_VOCAB_SIZE, root / "tokenizers" / f"demo_{DEMO_VOCAB_SIZE}_bpe", caseops)
+    return build_dataset(root, "demo_caseops" if caseops else "demo", tokenizer, train, val, shard_tokens, caseops)
 
 
 # -----------------------------------------------------------------------------
@@ -433,6 +535,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output-root", type=Path, default=Path(__file__).resolve().parent)
     parser.add_argument("--train-shards", type=int, default=80, help="with --variant (default: %(default)s)")
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="with --docs or --demo")
+    parser.add_argument("--caseops", action="store_true", help="with --docs or --demo: case as operator characters")
     own = parser.add_argument_group("with --docs")
     own.add_argument("--name", help="folder under datasets/")
     own.add_argument("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model to use")
@@ -444,6 +547,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.variant and not re.fullmatch(r"sp[1-9]\d*", args.variant):
         parser.error(f"--variant {args.variant}: expected sp and a vocabulary size, as in sp1024")
+    if args.variant and args.caseops:
+        parser.error("--caseops needs --docs or --demo: --variant downloads shards as they are")
     if args.docs and not re.fullmatch(r"\w[\w.-]*", args.name or ""):
         parser.error("--docs needs a --name of letters, digits, dots and dashes")
     if args.docs and (args.tokenizer is None) == (args.vocab_size is None):
@@ -460,8 +565,8 @@ def build_docs(args: argparse.Namespace) -> dict:
     train = DocumentRange(args.docs, held_out, train_stop)
     val = DocumentRange(args.val_docs or args.docs, 0, val_stop)
     prefix = args.output_root / "tokenizers" / f"{args.name}_{args.vocab_size}_bpe"
-    tokenizer = args.tokenizer or train_tokenizer(train, args.vocab_size, prefix)
-    return build_dataset(args.output_root, args.name, tokenizer, train, val, args.shard_tokens)
+    tokenizer = args.tokenizer or train_tokenizer(train, args.vocab_size, prefix, args.caseops)
+    return build_dataset(args.output_root, args.name, tokenizer, train, val, args.shard_tokens, args.caseops)
 
 
 def print_stats(stats: dict) -> None:
@@ -479,7 +584,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.docs:
         stats = build_docs(args)
     else:
-        stats = build_demo(args.output_root, args.shard_tokens)
+        stats = build_demo(args.output_root, args.shard_tokens, args.caseops)
     print_stats(stats)
 
 
