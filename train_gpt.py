@@ -303,6 +303,11 @@ def token_bytes(luts: tuple[Tensor, Tensor, Tensor], prev_ids: Tensor, target_id
     base_bytes, has_leading_space, is_boundary = luts
     return base_bytes[target_ids] + (has_leading_space[target_ids] & ~is_boundary[prev_ids])
 
+def decode_case(text: str) -> str:
+    """Undoes CaseOps (#1729): U+E001 and U+E003 raise the next letter, U+E002 the next word, U+E004 quotes."""
+    return re.sub("\ue004(.?)|\ue002([A-Za-z]*)|[\ue001\ue003]([A-Za-z]?)",
+                  lambda found: found[1] or (found[2] or found[3] or "").upper(), text)
+
 # -----------------------------------------------------------------------------
 # 4. Shards and loader
 
@@ -1084,8 +1089,17 @@ class Validation:
         self.documents = documents(self.tokens.cpu().numpy())
         sp = spm.SentencePieceProcessor(model_file=hp.tokenizer_path)
         luts = build_sentencepiece_luts(sp, hp.vocab_size, DEVICE)
-        self.texts = [text.encode() for text in sp.decode([document.tolist() for document in self.documents])]
         self.target_bytes = token_bytes(luts, self.tokens[:-1], self.tokens[1:])
+        sidecar = sorted(Path(hp.data_path).glob("fineweb_val_bytes_*.bin"))  # bytes of each token's original text
+        if bool(sidecar) != (sp.piece_to_id("\ue001") != sp.unk_id()):
+            raise ValueError(f"DATA_PATH={hp.data_path}: {len(sidecar)} files fineweb_val_bytes_*.bin, expected some "
+                             "if and only if the tokenizer has the operators of CaseOps")
+        if sidecar:
+            self.target_bytes = torch.cat([load_data_shard(path).int() for path in sidecar]).to(DEVICE)[1:]
+            if len(self.target_bytes) != len(self.tokens) - 1:
+                raise ValueError(f"{sidecar[0]}: {len(self.target_bytes) + 1} entries, {len(self.tokens)} tokens")
+        texts = sp.decode([document.tolist() for document in self.documents])
+        self.texts = [(decode_case(text) if sidecar else text).encode() for text in texts]
         self.bytes = self.target_bytes.sum(dtype=torch.int64).item()
 
     @property

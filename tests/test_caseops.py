@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece as spm
-from corpus import DOCUMENTS, prose
+from conftest import TINY
+from corpus import DOCUMENTS, prose, write_shard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -326,6 +327,91 @@ def test_train_gpt_reads_the_tokens_and_not_the_sidecar(tmp_path, model, sp):
         assert starts == {(train_gpt.BOS_ID,)}
     counts = train_gpt.load_data_shard(folder / BYTES.format(0))
     assert counts.tolist() == read([folder / BYTES.format(0)]).tolist()
+
+
+@pytest.fixture
+def cased(tmp_path, model, sp, tiny):
+    """Hyperparameters of a tiny run on transformed text; two validation shards at least."""
+    folder = build(tmp_path, "--caseops", "--tokenizer", model, "--shard-tokens", 5000)
+    return tiny(data_path=str(folder), tokenizer_path=str(model), vocab_size=sp.vocab_size())
+
+
+def audited(hp):
+    audit = train_gpt.Audit()
+    train_gpt.audit_data(audit, hp, train_gpt.Validation(hp), None)
+    return audit.checks["bytes"]
+
+
+def test_train_gpt_counts_the_bytes_of_the_original(cased, sp):
+    folder, validation = Path(cased.data_path), train_gpt.Validation(cased)
+    texts = [prepare.normalised(sp, text).encode() for text in VAL if text.strip()]
+    assert validation.texts == texts and validation.bytes == sum(map(len, texts))
+    sidecar = read(folder.glob("fineweb_val_bytes_*.bin"))
+    assert len(list(folder.glob("fineweb_val_bytes_*.bin"))) > 1
+    assert validation.target_bytes.tolist() == sidecar[1:].tolist()
+    assert audited(cased)["passed"] and audited(cased)["decoded"] == sum(map(len, texts))
+
+
+def test_a_run_on_transformed_text_passes_its_audit(cased, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = "data_path tokenizer_path vocab_size".split()
+    env = {name.upper(): str(value) for name, value in TINY.items()}
+    for name, value in (env | {name.upper(): str(getattr(cased, name)) for name in names}).items():
+        monkeypatch.setenv(name, value)
+    train_gpt.main()
+    train_gpt.log.handlers.clear()
+    submission = json.loads((tmp_path / "submission.json").read_text())
+    assert submission["own_text"]["bytes"] == stats_of(Path(cased.data_path))["val"]["bytes"]
+
+
+def one_byte_moved(folder):
+    path = folder / BYTES.format(0)
+    entries = np.fromfile(path, dtype="<u2")
+    entries[512 + np.flatnonzero(entries[512:])[0]] -= 1
+    entries[-1] += 1
+    path.write_bytes(entries.tobytes())
+
+
+def test_a_byte_moved_to_another_document_fails_the_audit(cased):
+    one_byte_moved(Path(cased.data_path))
+    assert not audited(cased)["passed"]
+
+
+def without_sidecar(folder):
+    for path in folder.glob("fineweb_val_bytes_*.bin"):
+        path.unlink()
+
+
+def one_entry_less(folder):
+    path = sorted(folder.glob("fineweb_val_bytes_*.bin"))[-1]
+    entries = np.fromfile(path, dtype="<u2")
+    count = len(entries) - 512 - 1
+    entries[4:6] = count & 0xFFFF, count >> 16
+    path.write_bytes(entries[:-1].tobytes())
+
+
+@pytest.mark.parametrize("change, message", [
+    (without_sidecar, "0 files fineweb_val_bytes"),
+    (one_entry_less, r"fineweb_val_bytes_000000.bin: \d+ entries, \d+ tokens"),
+], ids=["no sidecar", "one entry less"])
+def test_a_sidecar_that_does_not_fit_is_refused(cased, change, message):
+    change(Path(cased.data_path))
+    with pytest.raises(ValueError, match=message):
+        train_gpt.Validation(cased)
+
+
+def test_a_sidecar_beside_plain_text_is_refused(tmp_path, tiny):
+    folder = build(tmp_path, "--vocab-size", 400, name="plain")
+    write_shard(folder / BYTES.format(0), np.zeros(stats_of(folder)["val"]["tokens"]))
+    with pytest.raises(ValueError, match="1 files fineweb_val_bytes"):
+        train_gpt.Validation(tiny(data_path=str(folder), vocab_size=400,
+                                  tokenizer_path=str(tmp_path / "tokenizers" / "plain_400_bpe.model")))
+
+
+@given(TEXT)
+def test_both_decoders_are_one(text):
+    assert train_gpt.decode_case(text) == prepare.decode_case(text)
+    assert train_gpt.decode_case(prepare.encode_case(text)) == text
 
 
 def test_all_validation_documents_are_used(tmp_path, model):

@@ -43,6 +43,10 @@ from corpus import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "data"))
+
+import prepare  # noqa: E402  (the path comes first)
+
 SOURCE = (ROOT / "train_gpt.py").read_text()
 SERIAL = itertools.count()
 
@@ -148,6 +152,24 @@ def a_truncated_validation_shard(folder):
     told = write_corpus(folder)
     path = folder / "fineweb_val_000000.bin"
     path.write_bytes(path.read_bytes()[:-1000])
+    return told
+
+
+def transformed(folder):
+    """CaseOps shards, as data/prepare.py writes them: operators for case, bytes of the original beside the tokens."""
+    files = []
+    for name, texts in ("docs", prose()[20:80]), ("val", prose()[:20]):
+        files += [f"--{'val-' * (name == 'val')}docs", str(folder / f"{name}.jsonl")]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in texts))
+    prepare.main([*files, "--caseops", "--vocab-size", "400", "--name", "cased", "--output-root", str(folder)])
+    return dict(data_path=folder / "datasets" / "cased", vocab_size=400,
+                tokenizer_path=folder / "tokenizers" / "cased_400_bpe_caseops.model")
+
+
+def transformed_without_bytes(folder):
+    told = transformed(folder)
+    for path in told["data_path"].glob("fineweb_val_bytes_*.bin"):
+        path.unlink()
     return told
 
 
@@ -682,7 +704,9 @@ BUGS = [
     Bug("B7", submission_json_says_what_the_run_did,
         [("    own_text = dict(data_path=hp.data_path,",
           "    scores |= dict(val_bpb=1.0338576)\n    own_text = dict(data_path=hp.data_path,")]),
-    Bug("B8", "audit: bytes", corpus=fifty_thousand_documents),
+    Bug("B8a", "audit: bytes", corpus=fifty_thousand_documents),
+    Bug("B8b", "audit: bytes", [("        if sidecar:\n", "        if not sidecar:\n")], transformed),
+    Bug("B8c", "error: 0 files fineweb_val_bytes_.*expected some if and only if", corpus=transformed_without_bytes),
     Bug("B9", the_cap_is_16_000_000_bytes_with_the_code,
         [("SIZE_LIMIT = 16_000_000", "SIZE_LIMIT = 16 * 2**20"),
          ('audit.check("size", code + model <= SIZE_LIMIT', 'audit.check("size", model <= SIZE_LIMIT')]),

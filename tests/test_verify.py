@@ -13,12 +13,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from corpus import NORMAL, edit_pieces, load, tokenizer_model, write_corpus, write_shard
+from corpus import NORMAL, edit_pieces, load, prose, tokenizer_model, write_corpus, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "data")]
 
-import verify  # noqa: E402  (the path comes first)
+import prepare  # noqa: E402  (the paths come first)
+import verify  # noqa: E402
 
 SMALL = dict(
     PRESET="demo", LAYOUT="G S", MODEL_DIM="32", GDN_HEAD_DIM="16", HEAD_DIM="16", WINDOW_SIZE="40",
@@ -29,17 +30,21 @@ SMALL = dict(
 SILENT = [("    def verdict(self) -> None:\n", "    def verdict(self) -> None:\n        return\n")]
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> Path:
-    """The folder of one finished run: data, artifact, score file, submission.json."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "data").mkdir()
-    corpus = write_corpus(folder / "data", train_tokens=12_000, val_tokens=1_500)
+def train(folder: Path, **corpus) -> None:
+    """A finished run in the folder: artifact, score file, submission.json."""
     settings = SMALL | {name.upper(): str(value) for name, value in corpus.items()}
     env = {name: value for name, value in os.environ.items() if verify.INHERITED.fullmatch(name)} | settings
     result = subprocess.run([sys.executable, ROOT / "train_gpt.py"], cwd=folder, env=env | {"OMP_NUM_THREADS": "1"},
                             capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The folder of one finished run, with its data."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "data").mkdir()
+    train(folder, **write_corpus(folder / "data", train_tokens=12_000, val_tokens=1_500))
     return folder
 
 
@@ -61,7 +66,8 @@ def check(trained, monkeypatch, capsys):
 def rerun(trained):
     """What the program makes of the artifact: for checks that look at files only."""
     job = SimpleNamespace(script=ROOT / "train_gpt.py", artifact=trained / "final_model.int6.ptz", nproc=1,
-                          tokenizer=trained / "data/tokenizer.model", shards=[trained / "data/fineweb_val_000000.bin"])
+                          tokenizer=trained / "data/tokenizer.model", sidecar=[],
+                          shards=[trained / "data/fineweb_val_000000.bin"])
     return verify.execute(job)
 
 
@@ -90,6 +96,21 @@ def test_an_honest_run_passes_every_check(trained, check, monkeypatch):
     bpb = float(re.search(r"^verify: score passed bpb (\S+)", result.text, re.M)[1])
     assert bpb == pytest.approx(own["val_bpb"], abs=1e-9) and f"/ {own['bytes']} bytes" in result.text
     assert "not checked:" in result.text and "EVAL_SEQ_LEN=64 EVAL_STRIDE=64" in result.text
+
+
+def test_transformed_text_is_verified_by_its_original(check, tmp_path):
+    """CaseOps: a sidecar holds the bytes of the original, which the verifier decodes."""
+    for name, texts in ("docs", prose()[30:200]), ("val", prose()[:30]):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in texts))
+    prepare.main(["--docs", str(tmp_path / "docs.jsonl"), "--val-docs", str(tmp_path / "val.jsonl"), "--caseops",
+                  "--vocab-size", "400", "--name", "cased", "--output-root", str(tmp_path)])
+    data, tokenizer = tmp_path / "datasets" / "cased", tmp_path / "tokenizers" / "cased_400_bpe_caseops.model"
+    train(tmp_path, data_path=data, tokenizer_path=tokenizer, vocab_size=400)
+    result = check("--submission", tmp_path / "submission.json", "--probes", "normalisation",
+                   artifact=tmp_path / "final_model.int6.ptz", tokenizer=tokenizer, data=data)
+    assert result.status == 0 and not result.failed, result.text
+    decoded = json.loads((data / "stats.json").read_text())["val"]["bytes"]
+    assert f"decoded {decoded}," in result.text
 
 
 def test_the_verifier_shares_no_code_with_the_program():
@@ -175,7 +196,7 @@ def test_a_tokenizer_whose_table_and_text_disagree(trained, check, tmp_path):
 DELTA = "gated_delta_rule(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, g, beta)"
 SOFTCAP = "        return cap * torch.tanh(self.lm_head(norm(x)).float() / cap)\n"
 TOKENS = "        self.tokens = stream.read(0, len(stream)).to(DEVICE)\n"
-LUT = 'base.append(len(piece.removeprefix("\\u2581").encode()) if plain'
+LUT = 'base = len(piece.removeprefix("\\u2581").encode()) if plain'
 BUGS = {
     "a state that starts where the sequence ends": ("future", {"future"}, [
         (f"        o, _ = {DELTA}", f"        o, _ = {DELTA[:-1]}, {DELTA}[1])")]),
@@ -191,7 +212,7 @@ BUGS = {
     "a document that goes on into the next": ("isolation", {"isolation"}, [
         ("        g = g.masked_fill(ctx.is_bos, RESET_LOG_DECAY)\n", "")]),
     "a leading space counted twice": (None, {"bytes", "score"}, [
-        (LUT, LUT.replace(" if plain", " + space[i] if plain"))]),
+        (LUT, LUT.replace(" if", ' + piece.startswith("\\u2581") if'))]),
     "the last targets dropped": (None, {"positions"}, [
         (TOKENS, TOKENS.replace("len(stream))", "(len(stream) - 1) // 64 * 64 + 1)"))]),
 }

@@ -67,6 +67,7 @@ def read_text(job) -> None:
     job.shards = sorted(job.data.glob("fineweb_val_[0-9]*.bin"))
     if not job.shards:
         raise FileNotFoundError(f"{job.data}: no file fineweb_val_*.bin in it")
+    job.sidecar = sorted(job.data.glob("fineweb_val_bytes_*.bin"))  # CaseOps: the bytes of the original text
     job.sp = load_tokenizer(job.tokenizer)
     for shard, path in zip(arrays := [read_shard(path) for path in job.shards], job.shards, strict=True):
         if len(shard) and shard.max() >= job.sp.vocab_size():
@@ -75,7 +76,10 @@ def read_text(job) -> None:
     if len(job.ids) < 2 or job.ids[0] != BOS:
         raise ValueError(f"{job.shards[0]}: expected at least 2 tokens, the first of them BOS={BOS}")
     job.starts = np.flatnonzero(job.ids == BOS)
-    job.text_bytes = np.array([len(job.sp.decode(ids.tolist()).encode()) for ids in np.split(job.ids, job.starts[1:])])
+    texts = [job.sp.decode(ids.tolist()) for ids in np.split(job.ids, job.starts[1:])]
+    # an operator of CaseOps is no byte of the original, and U+E004 quotes the character after it
+    texts = [re.sub("\ue004(.?)|[\ue001-\ue003]", r"\1", text) if job.sidecar else text for text in texts]
+    job.text_bytes = np.array([len(text.encode()) for text in texts])
     job.bytes = int(job.text_bytes.sum())
     job.official = len(job.starts) == OFFICIAL_DOCUMENTS and OFFICIAL_BYTES[0] <= job.bytes <= OFFICIAL_BYTES[1]
 
@@ -111,10 +115,12 @@ def execute(job, ids=None, **overrides) -> SimpleNamespace:
         (folder / "data").mkdir()
         copies = [(job.script, "train_gpt.py"), (job.artifact, "artifact.ptz"),
                   (job.tokenizer, "tokenizer.model")]
-        for source, name in copies + [(path, f"data/{path.name}") for path in job.shards if ids is None]:
+        for source, name in copies + [(path, f"data/{path.name}") for path in job.shards + job.sidecar if ids is None]:
             shutil.copyfile(source, folder / name)
         if ids is not None:
             write_shard(folder / "data" / "fineweb_val_000000.bin", ids)
+        if ids is not None and job.sidecar:  # rewritten text has bytes that nobody knows, and only nats are compared
+            write_shard(folder / "data" / "fineweb_val_bytes_000000.bin", np.ones_like(ids))
         env = {name: value for name, value in os.environ.items() if INHERITED.fullmatch(name)} | SETTINGS | overrides
         ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={job.nproc}"]
         command = [sys.executable, *(ranks if ids is None and job.nproc > 1 else []), "train_gpt.py"]
