@@ -262,8 +262,6 @@ def init_log(hp: Hyperparameters) -> None:
     log.handlers = [logging.StreamHandler(sys.stdout)]
     if RANK != 0:
         return
-    if not hp.eval_only:
-        Path("submission.json").unlink(missing_ok=True)  # an earlier run's must not pass for this one's
     path = Path("logs") / f"{hp.run_id}.txt"
     for file in path, hp.artifact, hp.scores:  # a missing folder must not show when training is over
         Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -1482,6 +1480,8 @@ def main() -> None:
     audit.end_phase("setup")
     if stream:
         audit.verdict()  # before ten minutes are spent
+        if RANK == 0:
+            Path("submission.json").unlink(missing_ok=True)  # an earlier run's must not pass for this one's
         figures |= train(hp, model, stream, validation, audit)
         figures |= pack(hp, model, validation, figures.pop("hessians"), audit)
     figures |= evaluate(hp, validation, audit, figures.pop("shipped", None))
