@@ -1089,7 +1089,7 @@ class Validation:
         luts = build_sentencepiece_luts(sp, hp.vocab_size, DEVICE)
         self.target_bytes = token_bytes(luts, self.tokens[:-1], self.tokens[1:])
         sidecar = sorted(Path(hp.data_path).glob("fineweb_val_bytes_*.bin"))  # bytes of each token's original text
-        if bool(sidecar) != (sp.piece_to_id("\ue001") != sp.unk_id()):
+        if bool(sidecar) != (sp.id_to_piece(4) == "\ue001"):
             raise ValueError(f"DATA_PATH={hp.data_path}: {len(sidecar)} files fineweb_val_bytes_*.bin, expected some "
                              "if and only if the tokenizer has the operators of CaseOps")
         if sidecar:
