@@ -112,7 +112,7 @@ class Hyperparameters:
     ema_decay: float = 0.9965  # 0 = off
     # schedule
     iterations: int = 20_000
-    max_wallclock_seconds: float = 600.0  # training and every read of training data; <= 0 = off
+    max_wallclock_seconds: float = 600.0  # training and its reads of data; <= 0 = off
     gptq_reserve_seconds: float = 8.0  # of it, kept for the Hessians
     warmdown_frac: float = 0.75
     min_lr: float = 0.1  # floor of the learning-rate multiplier
@@ -1113,7 +1113,7 @@ class Validation:
 # -----------------------------------------------------------------------------
 # 12. Audit
 #
-# Each run proves its own number: one log line a check, all of them in submission.json, which no failed run writes.
+# Each run proves its own number: one log line a check; a run that fails one writes no submission.json.
 
 OVERLAP_LIMIT = 0.05  # of the validation documents: FineWeb repeats pages; the leaks that were found held 80 %
 
