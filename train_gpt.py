@@ -6,21 +6,9 @@
     EVAL_ONLY=1 ARTIFACT=final_model.int6.ptz python train_gpt.py    # score a packed artifact in a fresh process
 
 Every hyperparameter is an environment variable. The file is never longer than 1,500 lines. Sections, in run order:
-
-    1. Hyperparameters and presets
-    2. Device, ranks, logging
-    3. Byte accounting
-    4. Shards and loader
-    5. Kernels
-    6. Model
-    7. Muon and AdamW
-    8. Schedules and checkpoints
-    9. GPTQ
-    10. Packing
-    11. Evaluation
-    12. Audit
-    13. Training
-    14. Main
+1. Hyperparameters and presets; 2. Device, ranks, logging; 3. Byte accounting; 4. Shards and loader; 5. Kernels;
+6. Model; 7. Muon and AdamW; 8. Schedules and checkpoints; 9. GPTQ; 10. Packing; 11. Evaluation; 12. Audit;
+13. Training; 14. Main.
 """
 
 import collections
@@ -1118,21 +1106,17 @@ class Validation:
 OVERLAP_LIMIT = 0.05  # of the validation documents: FineWeb repeats pages; the leaks that were found held 80 %
 
 class Audit:
-    """Named checks with their figures, and the seconds of each phase of the process."""
+    """Named checks with their figures; `at` is the time in seconds since the process began."""
     def __init__(self):
         self.checks: dict[str, dict] = {}
-        self.phases: dict[str, float] = {}
-        self.phase_start = time.perf_counter()
+        self.start = time.perf_counter()
 
     def check(self, name: str, passed, **figures) -> None:
         """One log line. What fails on one rank fails on all."""
         passed = all_reduce(torch.tensor(int(passed), device=DEVICE), dist.ReduceOp.MIN).item() == 1
+        figures["at"] = round(time.perf_counter() - self.start, 3)
         self.checks[name] = dict(passed=passed, **figures)
         log.info(f"audit: {name} {'passed' if passed else 'FAILED'} {json.dumps(figures)}")
-
-    def end_phase(self, name: str) -> None:
-        now = time.perf_counter()
-        self.phases[name], self.phase_start = round(now - self.phase_start, 3), now
 
     def verdict(self) -> None:
         """Raises: RuntimeError naming the checks that failed."""
@@ -1283,7 +1267,6 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
     untrained = fingerprint(model)
     warm_up(hp, model, nats_of)
     audit.check("warm_up", fingerprint(model) == untrained, weights=untrained)
-    audit.end_phase("warm_up")
     optimizer, params = Muon(model, hp), [p.detach() for p in model.parameters()]
     average = [p.clone() for p in params]  # exponential moving average of the weights, float32
     path = f"{hp.artifact}.rank{RANK}of{WORLD_SIZE}.checkpoint"
@@ -1332,7 +1315,6 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
 
     if out_of_time:
         log.info(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{hp.iterations}")
-    audit.end_phase("training")
     raw_weights = [p.clone() for p in params]
     torch._foreach_copy_(params, average)
     hessians = collect_hessians(model, [pair for _ in range(hp.gptq_calibration_batches) for pair in loader.next()])
@@ -1343,7 +1325,6 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
                  f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB")
     total, last_read = time.perf_counter() - start, loader.last_read - start
     log.info(f"train+hessians:{1000 * total:.0f}ms last_read:{1000 * last_read:.0f}ms")
-    audit.end_phase("hessians")
     tokens = (step + hp.gptq_calibration_batches) * hp.train_batch_tokens
     audit.check("schedule", optimizer.lr_multiplier <= lr_multiplier(hp, 1 - 2 / max(step, 1)) + 0.05 and
                 tokens == loader.position, lr_multiplier_at_stop=optimizer.lr_multiplier, tokens_read=loader.position,
@@ -1364,7 +1345,6 @@ def pack(hp: Hyperparameters, model: GPT, validation: Validation, hessians: dict
     if RANK == 0:
         save_artifact(hp.artifact, model, hp, quantized)
     barrier()  # no rank goes on before it is written
-    audit.end_phase("pack")
     nearest, shipped = quantize(model, hp), dequantized(model, quantized)
     fraction = len(hessians) / sum(kind != "scalar" for kind in model.kinds.values())
     ours, rounding = (output_errors(model, q, hessians) for q in (quantized, nearest))
@@ -1374,7 +1354,6 @@ def pack(hp: Hyperparameters, model: GPT, validation: Validation, hessians: dict
                 output_error_over_rounding=sum(ours.values()) / sum(rounding.values()))
     ema = validate(hp, scorer(model), validation, "diagnostic pre-quantization post-ema", hp.eval_seq_len)
     rtn = validate(hp, scorer(dequantized(model, nearest)), validation, "diagnostic round-to-nearest", hp.eval_seq_len)
-    audit.end_phase("diagnostics")
     return dict(pre_quant_val_bpb=ema["val_bpb"], rtn_val_bpb=rtn["val_bpb"],
                 shipped=fingerprint(shipped) if RANK == 0 else None)  # the others' may differ in a bit
 
@@ -1391,7 +1370,7 @@ def audit_limits(audit: Audit, hp: Hyperparameters, figures: dict) -> dict:
     used = (training, hp.max_wallclock_seconds), (evaluation, hp.eval_seconds)
     audit.check("time", all(seconds <= budget or budget <= 0 for seconds, budget in used), training=training,
                 of=hp.max_wallclock_seconds, last_read=figures.get("last_read_seconds"), evaluation=evaluation,
-                evaluation_of=hp.eval_seconds, phases=audit.phases)
+                evaluation_of=hp.eval_seconds)
     return sizes
 
 def evaluate(hp: Hyperparameters, validation: Validation, audit: Audit, shipped: str | None = None) -> dict:
@@ -1404,7 +1383,6 @@ def evaluate(hp: Hyperparameters, validation: Validation, audit: Audit, shipped:
         ledger = [("score", 0, targets, fingerprint(model))]
         final = passes[name] = validate(hp, nats_of, validation, label, stride)
         log.info(f"{label}_exact val_loss:{final['val_loss']:.8f} val_bpb:{final['val_bpb']:.8f}")
-        audit.end_phase(name)
     ledger.append(("score", targets, targets, fingerprint(model)))  # as the pass left them
     if hp.scores and RANK == 0:
         np.savez(hp.scores, nats=final["nats"].cpu().numpy(), bytes=validation.target_bytes.cpu().numpy(),
@@ -1426,7 +1404,6 @@ def evaluate(hp: Hyperparameters, validation: Validation, audit: Audit, shipped:
     audit.check("leak_alarm", worse <= 1e-3 + 3 * noise or not trained, sliding_worse_than_roundtrip_by=worse,
                 noise=noise)
     probe(audit, hp, validation.tokens, fresh, nats_of, final["nats"])
-    audit.end_phase("audit")
     return dict(val_bpb=final["val_bpb"], val_loss=final["val_loss"], eval_time_seconds=round(final["seconds"], 3))
 
 def write_submission(hp: Hyperparameters, validation: Validation, figures: dict, audit: Audit) -> None:
@@ -1477,7 +1454,6 @@ def main() -> None:
     validation, figures = Validation(hp), {}
     log_setup(hp, model, validation)
     audit_data(audit, hp, validation, stream)
-    audit.end_phase("setup")
     if stream:
         audit.verdict()  # before ten minutes are spent
         if RANK == 0:
