@@ -65,6 +65,11 @@ class Hyperparameters:
     grad_accum_steps: int = 0  # micro-batches per step and rank; 0 = 8 // WORLD_SIZE, as the baseline
     # model
     layout: str = "G5 S G5 S=5"  # see parse_layout
+    enable_looping_at: float = 0.0  # progress from which the group of the layout that loops does so
+    inst_dim: int = 0  # rank of the instruction added to the stream before each pass of the loop; 0 = off
+    unet_skips: bool = False  # gated, from the first half of the passes to the second
+    parallel_start_layer: int = 0  # from this block on mixer and MLP have a residual lane each; 0 = off
+    ln_scale: bool = False  # block i reads its normalised inputs over sqrt(i + 1)
     model_dim: int = 512
     mlp_mult: float = 3.0
     gdn_heads: int = 8
@@ -77,6 +82,7 @@ class Hyperparameters:
     rope_dims: int = 16  # rotated dims of each head, the rest is position-free
     rope_base: float = 10_000.0
     qk_gain_init: float = 5.0
+    attn_gate_dims: int = 0  # inputs of the sparse gate on each attention head; 0 = off
     xsa: bool = True  # exclusive self-attention: the output has no component along the token's own value
     ngram_vocab_size: int = 3072  # rows of the hashed bigram/trigram table; 0 = off
     ngram_dim: int = 112
@@ -84,12 +90,13 @@ class Hyperparameters:
     tied_embed_init_std: float = 0.005
     logit_softcap: float = 30.0
     # optimizer
+    matrix_optimizer: str = "muon"  # or adamw
     matrix_lr: float = 0.022
     muon_momentum: float = 0.97
     muon_momentum_warmup_start: float = 0.92
     muon_momentum_warmup_frac: float = 0.3  # of the run
     muon_backend_steps: int = 5
-    muon_wd: float = 0.095
+    muon_wd: float = 0.095  # of the matrices, also under AdamW
     tied_embed_lr: float = 0.03
     embed_wd: float = 0.085
     scalar_lr: float = 0.02
@@ -98,21 +105,26 @@ class Hyperparameters:
     adam_eps: float = 1e-8
     grad_clip_norm: float = 0.3  # 0 = off
     ema_decay: float = 0.9965  # 0 = off
+    ema_start: float = 0.0  # progress from which weights are averaged
     # schedule
     iterations: int = 20_000
     max_wallclock_seconds: float = 600.0  # training and its reads of data; <= 0 = off
     gptq_reserve_seconds: float = 8.0  # of it, kept for the Hessians
     warmdown_frac: float = 0.75
     min_lr: float = 0.1  # floor of the learning-rate multiplier
+    curriculum: str = ""  # see stages
     warmup_steps: int = 20  # untimed, on synthetic tokens, undone afterwards
     train_log_every: int = 200
     val_loss_every: int = 0  # steps; 0 = only at the end
     # quantization and packing
     matrix_bits: int = 6
+    loop_bits: int = 6  # of the matrices in the group that loops
     matrix_clip_sigmas: float = 12.85
+    mlp_clip_sigmas: float = 12.85
     embed_bits: int = 8
     embed_clip_sigmas: float = 20.0
     gptq_calibration_batches: int = 2  # of TRAIN_BATCH_TOKENS
+    gptq_phases: int = 1  # 2 = Hessians of the looped blocks once more, with the others quantized
     compressor: str = "brotli"
     # evaluation
     eval_seq_len: int = 2048
@@ -153,7 +165,9 @@ class Hyperparameters:
         self.require("smear_dims", 0 <= self.smear_dims <= self.model_dim, f"0 to MODEL_DIM={self.model_dim}")
         self.require("ngram_vocab_size", self.ngram_vocab_size == 0 or self.ngram_vocab_size > 1, "0 or more than 1")
         self.require("eval_stride", self.eval_stride <= self.eval_seq_len, f"at most EVAL_SEQ_LEN={self.eval_seq_len}")
+        self.require("attn_gate_dims", 0 <= self.attn_gate_dims <= self.model_dim, f"0 to MODEL_DIM={self.model_dim}")
         self.require("compressor", self.compressor in CODECS, f"one of {', '.join(CODECS)}")
+        self.require("matrix_optimizer", self.matrix_optimizer in ("muon", "adamw"), "muon or adamw")
         self.require("gptq_reserve_seconds", self.gptq_reserve_seconds < self.max_wallclock_seconds or
                      self.max_wallclock_seconds <= 0, f"less than MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g}")
 
@@ -164,12 +178,14 @@ class Hyperparameters:
 BOUNDS = {  # smallest and largest value allowed
     (1, math.inf): "train_batch_tokens train_seq_len model_dim mlp_mult gdn_heads gdn_head_dim num_heads num_kv_heads "
                    "head_dim window_size rope_base logit_softcap iterations eval_stride val_batch_size "
-                   "gptq_calibration_batches muon_backend_steps matrix_clip_sigmas embed_clip_sigmas train_log_every "
-                   "ngram_dim",
+                   "gptq_calibration_batches muon_backend_steps matrix_clip_sigmas mlp_clip_sigmas "
+                   "embed_clip_sigmas train_log_every ngram_dim",
     (0, math.inf): "grad_accum_steps gptq_reserve_seconds grad_clip_norm warmup_steps checkpoint_every val_loss_every "
-                   "matrix_lr tied_embed_lr scalar_lr muon_wd embed_wd",
-    (0, 1): "warmdown_frac min_lr ema_decay muon_momentum_warmup_frac muon_momentum beta1 beta2",
-    (2, 8): "matrix_bits embed_bits",
+                   "matrix_lr tied_embed_lr scalar_lr muon_wd embed_wd inst_dim parallel_start_layer",
+    (0, 1): "warmdown_frac min_lr ema_decay ema_start muon_momentum_warmup_frac muon_momentum beta1 beta2 "
+            "enable_looping_at",
+    (1, 2): "gptq_phases",
+    (2, 8): "matrix_bits loop_bits embed_bits",
     (2, 65536): "vocab_size",  # tokens are uint16
     (2, math.inf): "eval_seq_len",
 }
@@ -179,24 +195,34 @@ def config_of(hp: Hyperparameters) -> dict:
     run = "run_id author github_id artifact eval_only scores checkpoint_every resume".split()
     return {k: v for k, v in asdict(hp).items() if k not in run}
 
-def parse_layout(layout: str) -> list[tuple[str, int]]:
-    """'G5 S G5 S=5' -> one (kind, owner) per block; owner is the block whose mixer weights it uses.
-    G = Gated DeltaNet, S = sliding-window attention, A = full causal attention; a number repeats, `=i` reuses the
-    mixer of block i (counted from 0), which must be of the same kind.
+def parse_layout(layout: str) -> tuple[list[tuple[str, int, str]], list[int]]:
+    """'G5 S G5 S=5' -> a (kind, owner, shared) for each block, and the blocks in the order of their passes.
+    G = Gated DeltaNet, S = sliding-window attention, A = full causal attention, lower case = without an MLP; a number
+    repeats; `=i` uses the mixer weights of block i (counted from 0), which must be of the same kind, `~i` only those of
+    its keys and values; one group may loop: 'A3 (A3)x3 A5'. owner: block i or the block itself; shared: '=', '~', ''.
     Raises: ValueError naming LAYOUT and the offending part."""
-    blocks: list[tuple[str, int]] = []
-    for part in layout.split():
-        match = re.fullmatch(r"([GSA])([1-9]\d?)?(?:=(\d+))?", part)
-        if not match:
-            raise ValueError(f"LAYOUT={layout!r}: {part!r} is not G, S or A with an optional count to 99 and =block")
-        for _ in range(int(match[2] or 1)):
-            owner = int(match[3]) if match[3] else len(blocks)
-            if match[3] and (owner >= len(blocks) or blocks[owner] != (match[1], owner)):
-                raise ValueError(f"LAYOUT={layout!r}: {part!r} reuses block {owner}, not an earlier {match[1]}")
-            blocks.append((match[1], owner))
-    if not blocks:
-        raise ValueError(f"LAYOUT={layout!r}: expected at least one block")
-    return blocks
+    blocks: list[tuple[str, int, str]] = []
+    order: list[int] = []
+    groups = re.fullmatch(r"([^()]*)(?:\(([^()]*\w[^()]*)\)x([2-9])([^()]*))?", layout)
+    if not groups or not layout.strip():
+        raise ValueError(f"LAYOUT={layout!r}: expected at least one block and at most one group, (blocks)x2 to x9")
+    for group, passes in (groups[1], 1), (groups[2] or "", int(groups[3] or 1)), (groups[4] or "", 1):
+        first = len(blocks)
+        for part in group.split():
+            match = re.fullmatch(r"([GSAgsa])([1-9]\d?)?(?:([=~])(\d+))?", part)
+            if not match:
+                raise ValueError(f"LAYOUT={layout!r}: {part!r} is not G, S or A with an optional count to 99 and "
+                                 "=block or ~block")
+            for _ in range(int(match[2] or 1)):
+                owner = int(match[4] or len(blocks))
+                if match[3] and (match[1].upper(), owner, "") not in [(k.upper(), *rest) for k, *rest in blocks]:
+                    raise ValueError(f"LAYOUT={layout!r}: {part!r} reuses block {owner}, not an earlier {match[1]}")
+                blocks.append((match[1], owner, match[3] or ""))
+        order += [*range(first, len(blocks))] * passes
+    return blocks, order
+
+SP8192 = dict(vocab_size=8192, data_path="./data/datasets/fineweb10B_sp8192",
+              tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model")
 
 PRESETS: dict[str, dict] = {
     "record": {},
@@ -206,8 +232,37 @@ PRESETS: dict[str, dict] = {
         train_batch_tokens=2048, train_seq_len=512, grad_accum_steps=1, eval_seq_len=512, val_batch_size=2048,
         layout="G2 S G2 S=2", model_dim=128, gdn_heads=2, num_heads=2, num_kv_heads=1, window_size=256,
         ngram_vocab_size=4096, ngram_dim=64, max_wallclock_seconds=150.0, gptq_reserve_seconds=6.0, warmup_steps=2,
-        ema_decay=0.95, train_log_every=50, gptq_calibration_batches=24, matrix_clip_sigmas=6.0,
+        ema_decay=0.95, train_log_every=50, gptq_calibration_batches=24, matrix_clip_sigmas=6.0, mlp_clip_sigmas=6.0,
         embed_clip_sigmas=12.0,
+    ),
+    # the competition's naive baseline: its shape, trained and packed as the others
+    "baseline": dict(
+        layout="A9", unet_skips=True, mlp_mult=2.0, rope_dims=64, qk_gain_init=1.5, xsa=False, ngram_vocab_size=0,
+        smear_dims=0, train_seq_len=1024, eval_seq_len=1024,
+    ),
+    # #1734: pairs of blocks share the weights of their keys and values
+    "kv_share": SP8192 | dict(
+        layout="G G~0 G G~2 G G~4 G G~6 G G~8", model_dim=544, train_seq_len=1024, eval_seq_len=1024,
+    ),
+    # #875: batch and chunk grow with the clock, the state passes from chunk to chunk
+    "pure_gdn": dict(
+        layout="G7 S", model_dim=384, mlp_mult=4.0, gdn_heads=6, num_heads=6, num_kv_heads=6, window_size=256,
+        ngram_vocab_size=0, smear_dims=0, train_batch_tokens=196_608, train_seq_len=1024, eval_seq_len=1024,
+        grad_accum_steps=3, curriculum="0:1x64 0.15:2x128 0.45:3x256", matrix_optimizer="adamw", matrix_lr=0.0018,
+        tied_embed_lr=0.0018, scalar_lr=0.0018, muon_wd=0.05, embed_wd=0.05, grad_clip_norm=1.0, matrix_bits=8,
+        gptq_calibration_batches=8,
+    ),
+    # #1047: flat blocks around a looped one with a delta-rule memory
+    "crawler": dict(
+        layout="A2 (A g)x4 A2", inst_dim=32, unet_skips=True, ln_scale=True, mlp_mult=3.2, gdn_heads=4,
+        gdn_head_dim=128, qk_gain_init=1.5, ngram_vocab_size=2048, ngram_dim=128, matrix_lr=0.03, muon_momentum=0.99,
+        ema_decay=0.99, ema_start=0.9, gptq_reserve_seconds=30.0, gptq_phases=2, loop_bits=8,
+    ),
+    # #1787, with the SmearGate of #1855
+    "transformer": SP8192 | dict(
+        layout="A3 (A3)x3 A5", enable_looping_at=0.35, unet_skips=True, parallel_start_layer=8, ln_scale=True,
+        mlp_mult=4.0, attn_gate_dims=12, ngram_vocab_size=0, matrix_lr=0.026, embed_bits=7, embed_clip_sigmas=15.0,
+        matrix_clip_sigmas=13.0, mlp_clip_sigmas=12.0,
     ),
 }
 
@@ -350,31 +405,26 @@ class TokenStream:
         return torch.cat(pieces)
 
 class TrainLoader:
-    """Batches in stream order, read ahead by one thread. `position` (tokens) is all there is to resume."""
+    """Micro-batches in stream order, one read ahead by a thread. `position` (tokens) is all there is to resume."""
     def __init__(self, stream: TokenStream, hp: Hyperparameters, position: int = 0):
-        self.stream, self.position = stream, position
-        self.batch_tokens, self.T = hp.train_batch_tokens, hp.train_seq_len
-        self.micro_steps = grad_accum_steps(hp)
+        self.stream, self.position, self.T = stream, position, hp.train_seq_len
+        self.span = hp.train_batch_tokens // (grad_accum_steps(hp) * WORLD_SIZE)  # tokens of a rank's micro-batch
         self.last_read = 0.0  # time.perf_counter() of the last look at training data
         self.pool = ThreadPoolExecutor(1)
         self.ahead = self.pool.submit(self.read, position)
 
-    def read(self, position: int) -> list[tuple[Tensor, Tensor]]:
-        """This rank's micro-batches of the step at `position`: (inputs, targets), int64 [B, T] each."""
-        span = self.batch_tokens // (self.micro_steps * WORLD_SIZE)
-        batch = []
-        for micro in range(self.micro_steps):
-            tokens = self.stream.read(position + (micro * WORLD_SIZE + RANK) * span, span + 1)
-            pair = tokens[:-1].view(-1, self.T), tokens[1:].view(-1, self.T)
-            batch.append(tuple(t.pin_memory() for t in pair) if DEVICE.type == "cuda" else pair)
+    def read(self, position: int) -> tuple[Tensor, Tensor]:
+        """This rank's share of the micro-batch at `position`: inputs and targets, int64 [B, T] each."""
+        tokens = self.stream.read(position + RANK * self.span, self.span + 1)
+        pair = tokens[:-1].view(-1, self.T), tokens[1:].view(-1, self.T)
         self.last_read = time.perf_counter()
-        return batch
+        return tuple(t.pin_memory() for t in pair) if DEVICE.type == "cuda" else pair
 
-    def next(self) -> list[tuple[Tensor, Tensor]]:
-        batch = self.ahead.result()
-        self.position += self.batch_tokens
+    def next(self) -> tuple[Tensor, Tensor]:
+        x, y = self.ahead.result()
+        self.position += WORLD_SIZE * self.span
         self.ahead = self.pool.submit(self.read, self.position)
-        return [(x.to(DEVICE, non_blocking=True), y.to(DEVICE, non_blocking=True)) for x, y in batch]
+        return x.to(DEVICE, non_blocking=True), y.to(DEVICE, non_blocking=True)
 
     def close(self) -> None:
         """No training data after this: a later `next` raises RuntimeError, any other read of the stream IndexError."""
@@ -394,6 +444,17 @@ def grad_accum_steps(hp: Hyperparameters) -> int:
         raise ValueError(f"TRAIN_BATCH_TOKENS={hp.train_batch_tokens}: expected a multiple of "
                          f"{steps} micro-batches x {WORLD_SIZE} ranks x TRAIN_SEQ_LEN={hp.train_seq_len}")
     return steps
+
+def stages(hp: Hyperparameters) -> list[tuple[float, int, int]]:
+    """(progress from which it holds, micro-batches a step, tokens a backward pass) of each stage. CURRICULUM, such as
+    '0:1x64 0.15:2x128': between the passes over a sequence memory is carried. Raises: ValueError naming CURRICULUM."""
+    most, T = grad_accum_steps(hp), hp.train_seq_len
+    found = [re.fullmatch(r"(0|0?\.\d+):(\d+)x(\d+)", part) for part in (hp.curriculum or f"0:{most}x{T}").split()]
+    plan = [(float(m[1]), int(m[2]), int(m[3])) for m in found if m]
+    ok = None not in found and plan == sorted(plan) and plan[0][0] == 0
+    hp.require("curriculum", ok and all(1 <= n <= most and chunk and T % chunk == 0 for _, n, chunk in plan),
+               f"share:COUNTxTOKENS, shares rising from 0, counts up to {most}, TOKENS that divide TRAIN_SEQ_LEN={T}")
+    return plan
 
 # -----------------------------------------------------------------------------
 # 5. Kernels
@@ -517,23 +578,35 @@ RESET_LOG_DECAY = -60.0
 
 class Context(NamedTuple):
     """What every layer needs to know of the tokens besides their embedding."""
-    doc: Tensor  # [B, T] document number; BOS starts a new one
+    doc: Tensor  # [B, T] document number; BOS starts a new one, 0 = no token
     is_bos: Tensor  # [B, T, 1]
-    same_doc: tuple[Tensor, Tensor, Tensor]  # [B, T, 1] each: is the token 1, 2, 3 earlier of the same document
-    cos: Tensor  # [T, 1, rope_dims // 2]
+    same_doc: Tensor  # [B, T, 3]: is the token 1, 2, 3 earlier of the same document
+    cos: Tensor  # [1, T, 1, rope_dims // 2]
     sin: Tensor
+
+    def last(self, n: int) -> "Context":
+        return Context(*(x[:, -n:] for x in self))
 
 def shift(x: Tensor, n: int) -> Tensor:
     """x of the token n earlier, zeros before the first; over dim 1."""
     return F.pad(x, (0, 0) * (x.ndim - 2) + (n, 0))[:, : x.shape[1]]
 
+def recall(x: Tensor, memory: list[Tensor] | None, reach: int) -> Tensor:
+    """x: [B, T, ...] behind the `reach` inputs before it, which are the first entry of memory; what it has to hold for
+    the next tokens becomes the last entry. Gradients end there."""
+    if memory is None:
+        return x
+    x = torch.cat((memory.pop(0), x), 1)
+    memory.append(x[:, x.shape[1] - reach :].detach())
+    return x
+
 def make_context(ids: Tensor, rope_dims: int, rope_base: float, dtype: torch.dtype) -> Context:
-    """ids: [B, T]."""
+    """ids: [B, T]; -1 = no token."""
     is_bos = ids == BOS_ID
-    doc = is_bos.long().cumsum(1) + 1  # shift pads with 0, which is no document
-    same_doc = tuple((shift(doc, n) == doc).unsqueeze(-1).to(dtype) for n in (1, 2, 3))
+    doc = torch.where(ids < 0, 0, is_bos.long().cumsum(1) + 1)
+    same_doc = torch.stack([(shift(doc, n) == doc).to(dtype) for n in (1, 2, 3)], -1)  # shift pads with 0
     frequencies = rope_base ** -torch.linspace(0, 1, rope_dims // 2 + 1, device=ids.device)[:-1]
-    angles = torch.arange(ids.shape[1], device=ids.device)[:, None, None] * frequencies
+    angles = torch.arange(ids.shape[1], device=ids.device)[None, :, None, None] * frequencies
     return Context(doc, is_bos.unsqueeze(-1), same_doc, angles.cos().to(dtype), angles.sin().to(dtype))
 
 def norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -563,7 +636,7 @@ class ShortConv(nn.Module):
         taps = self.weight.to(x.dtype).unbind(-1)
         y = x * taps[3]
         for n in (1, 2, 3):
-            y = torch.addcmul(y, shift(x, n) * ctx.same_doc[n - 1], taps[3 - n])
+            y = torch.addcmul(y, shift(x, n) * ctx.same_doc[..., n - 1 : n], taps[3 - n])
         return F.silu(y)
 
 class GatedDeltaNet(nn.Module):
@@ -571,7 +644,7 @@ class GatedDeltaNet(nn.Module):
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         n = hp.gdn_heads * hp.gdn_head_dim
-        self.head_dim, self.beta_max = hp.gdn_head_dim, 2.0 if hp.allow_neg_eigval else 1.0
+        self.head_dim, self.reach, self.beta_max = hp.gdn_head_dim, 3, 2.0 if hp.allow_neg_eigval else 1.0
         self.q_proj, self.k_proj, self.v_proj, self.g_proj = (Linear(hp.model_dim, n) for _ in range(4))
         self.a_proj, self.b_proj = (Linear(hp.model_dim, hp.gdn_heads) for _ in range(2))
         self.q_conv1d, self.k_conv1d, self.v_conv1d = (ShortConv(n) for _ in range(3))
@@ -580,15 +653,19 @@ class GatedDeltaNet(nn.Module):
         self.o_norm = nn.Parameter(torch.empty(hp.gdn_head_dim))
         self.o_proj = Linear(n, hp.model_dim)
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: Context, memory: list[Tensor] | None = None) -> Tensor:
         """x: [B, T, D] -> [B, T, D]."""
-        q = self.q_conv1d(self.q_proj(x), ctx).unflatten(-1, (-1, self.head_dim))
-        k = self.k_conv1d(self.k_proj(x), ctx).unflatten(-1, (-1, self.head_dim))
-        v = self.v_conv1d(self.v_proj(x), ctx).unflatten(-1, (-1, self.head_dim))
+        before, now = recall(x, memory, self.reach), ctx.last(x.shape[1])
+        q, k, v = (conv(proj(before), ctx.last(before.shape[1]))[:, -x.shape[1] :].unflatten(-1, (-1, self.head_dim))
+                   for proj, conv in ((self.q_proj, self.q_conv1d), (self.k_proj, self.k_conv1d),
+                                      (self.v_proj, self.v_conv1d)))
         g = -self.A_log.exp() * F.softplus(self.a_proj(x).float() + self.dt_bias)
-        g = g.masked_fill(ctx.is_bos, RESET_LOG_DECAY)
+        g = g.masked_fill(now.is_bos, RESET_LOG_DECAY)
         beta = self.beta_max * self.b_proj(x).float().sigmoid()
-        o, _ = gated_delta_rule(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, g, beta)
+        o, state = gated_delta_rule(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, g, beta,
+                                    memory.pop(0) if memory is not None else None)
+        if memory is not None:
+            memory.append(state.detach())
         gate = F.silu(self.g_proj(x)).unflatten(-1, (-1, self.head_dim))
         return self.o_proj((norm(o, self.o_norm) * gate).flatten(2))
 
@@ -597,20 +674,27 @@ class Attention(nn.Module):
     def __init__(self, hp: Hyperparameters, window: int):
         super().__init__()
         self.head_dim, self.window, self.xsa = hp.head_dim, window, hp.xsa
+        self.reach = min(window, hp.eval_seq_len) - 1  # memory of full attention ends somewhere
         self.q_proj = Linear(hp.model_dim, hp.num_heads * hp.head_dim)
         self.k_proj = Linear(hp.model_dim, hp.num_kv_heads * hp.head_dim)
         self.v_proj = Linear(hp.model_dim, hp.num_kv_heads * hp.head_dim)
         self.q_gain = nn.Parameter(torch.empty(hp.num_heads))
+        self.attn_gate = nn.Parameter(torch.empty(hp.num_heads, hp.attn_gate_dims)) if hp.attn_gate_dims else None
         self.o_proj = Linear(hp.num_heads * hp.head_dim, hp.model_dim)
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: Context, memory: list[Tensor] | None = None) -> Tensor:
         """x: [B, T, D] -> [B, T, D]."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        before = recall(x, memory, self.reach)
+        ctx = ctx.last(before.shape[1])
+        q, k, v = (proj(before).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q = rotary(norm(q), ctx) * self.q_gain.to(x.dtype)[:, None]
         y = window_attention(q, rotary(norm(k), ctx), v, self.window, ctx.doc)
+        y, v = y[:, -x.shape[1] :], v[:, -x.shape[1] :]
         if self.xsa:
             y, own = y.unflatten(2, (v.shape[2], -1)), F.normalize(v, dim=-1).unsqueeze(3)  # [B, T, Hkv, group, D]
             y = (y - (y * own).sum(-1, keepdim=True) * own).flatten(2, 3)
+        if self.attn_gate is not None:
+            y = y * F.linear(x[..., : self.attn_gate.shape[1]], self.attn_gate.to(x.dtype)).sigmoid().unsqueeze(-1)
         return self.o_proj(y.flatten(2))
 
 class MLP(nn.Module):
@@ -636,42 +720,65 @@ class NgramEmbedding(nn.Module):
         missing = len(self.table) - 1
         bigram = (36313 * ids) ^ (27191 * shift(ids, 1))
         trigram = bigram ^ (51497 * shift(ids, 2))
-        has1, has2 = (ctx.same_doc[n].squeeze(-1) > 0 for n in (0, 1))
+        has1, has2, _ = (ctx.same_doc > 0).unbind(-1)
         rows = F.embedding(torch.where(has1, bigram % missing, missing), self.table)
         rows = rows + F.embedding(torch.where(has2, trigram % missing, missing), self.table)
         return self.proj(rows.to(ctx.cos.dtype))
 
 class Block(nn.Module):
     """Mixer and MLP, each on the normalised stream and scaled per channel; x0 (the embedding) is mixed in first."""
-    def __init__(self, hp: Hyperparameters, mixer: nn.Module):
+    def __init__(self, hp: Hyperparameters, mixer: nn.Module, index: int, has_mlp: bool):
         super().__init__()
-        self.mixer, self.mlp = mixer, MLP(hp)
+        self.mixer, self.mlp = mixer, MLP(hp) if has_mlp else None
+        self.norm_scale = (index + 1) ** -0.5 if hp.ln_scale else 1.0
         self.resid_mix = nn.Parameter(torch.empty(2, hp.model_dim))
         self.mixer_scale = nn.Parameter(torch.empty(hp.model_dim))
-        self.mlp_scale = nn.Parameter(torch.empty(hp.model_dim))
+        self.mlp_scale = nn.Parameter(torch.empty(hp.model_dim)) if has_mlp else None
+        parallel = 0 < hp.parallel_start_layer <= index
+        self.lanes = nn.Parameter(torch.empty(2, 3)) if parallel else None
 
-    def forward(self, x: Tensor, x0: Tensor, ctx: Context) -> Tensor:
+    def mlp_out(self, x: Tensor) -> Tensor | float:
+        return self.mlp_scale.to(x.dtype) * self.mlp(self.norm_scale * norm(x)) if self.mlp else 0.0
+
+    def forward(self, x: Tensor, lane: Tensor | None, x0: Tensor, ctx: Context, memory) -> tuple[Tensor, Tensor | None]:
+        """x, x0: [B, T, D]; lane: the MLP's own residual stream, None while it has none. Returns both as they go on."""
         mix_x, mix_x0 = self.resid_mix.to(x.dtype)
-        x = mix_x * x + mix_x0 * x0
-        x = x + self.mixer_scale.to(x.dtype) * self.mixer(norm(x), ctx)
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x))
+        u = mix_x * x + mix_x0 * x0
+        mixed = self.mixer_scale.to(x.dtype) * self.mixer(self.norm_scale * norm(u), ctx, memory)
+        if self.lanes is None:
+            return u + mixed + self.mlp_out(u + mixed), lane
+        lane = x if lane is None else lane
+        out, ((a, b, c), (d, e, f)) = self.mlp_out(lane), self.lanes.to(x.dtype)
+        return a * x + b * mixed + c * out, d * lane + e * mixed + f * out
 
 class GPT(nn.Module):
     """The whole network; the one forward of training, calibration and scoring."""
     def __init__(self, hp: Hyperparameters):
         super().__init__()
-        self.hp = hp
+        self.hp, self.looping = hp, True
         self.tok_emb = nn.Embedding(hp.vocab_size, hp.model_dim)
         self.ngram = NgramEmbedding(hp) if hp.ngram_vocab_size else None
         if hp.smear_dims:
             self.smear_gate = nn.Parameter(torch.empty(hp.smear_dims))
             self.smear_lambda = nn.Parameter(torch.empty(()))
+        layout, self.order = parse_layout(hp.layout)
+        self.looped = sorted(i for i in {*self.order} if self.order.count(i) > 1)
         mixers: list[nn.Module] = []
-        for i, (kind, owner) in enumerate(parse_layout(hp.layout)):
-            mixers.append(mixers[owner] if owner < i else
-                          GatedDeltaNet(hp) if kind == "G" else
-                          Attention(hp, hp.window_size if kind == "S" else sys.maxsize))
-        self.blocks = nn.ModuleList(Block(hp, mixer) for mixer in mixers)
+        for kind, owner, shared in layout:
+            window = hp.window_size if kind in "Ss" else sys.maxsize
+            mixers.append(mixers[owner] if shared == "=" else
+                          GatedDeltaNet(hp) if kind in "Gg" else Attention(hp, window))
+            for name in ("k_proj", "v_proj", "k_conv1d", "v_conv1d") if shared == "~" else ():
+                if hasattr(mixers[owner], name):
+                    setattr(mixers[-1], name, getattr(mixers[owner], name))
+        self.blocks = nn.ModuleList(Block(hp, mixer, i, layout[i][0].isupper()) for i, mixer in enumerate(mixers))
+        self.reach = max(3, *(mixer.reach for mixer in mixers))
+        if hp.inst_dim and self.looped:
+            passes = self.order.count(self.looped[0])
+            self.inst_in = Linear(hp.model_dim, hp.inst_dim)
+            self.inst_out = nn.ModuleList(Linear(hp.inst_dim, hp.model_dim) for _ in range(passes))
+        if hp.unet_skips:
+            self.skips = nn.Parameter(torch.empty(2, len(self.order) // 2, hp.model_dim))
         self.lm_head = Linear(hp.model_dim, hp.vocab_size)
         self.lm_head.weight = self.tok_emb.weight
         self.kinds = init_weights(self, hp)
@@ -682,21 +789,47 @@ class GPT(nn.Module):
             x = x + self.ngram(ids, ctx)
         if self.hp.smear_dims:
             gate = (x[..., : self.hp.smear_dims] @ self.smear_gate.to(x.dtype)).sigmoid().unsqueeze(-1)
-            x = x + self.smear_lambda.to(x.dtype) * gate * ctx.same_doc[0] * shift(x, 1)
+            x = x + self.smear_lambda.to(x.dtype) * gate * ctx.same_doc[..., :1] * shift(x, 1)
         return norm(x)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """input_ids: [B, T] int64 -> logits [B, T, V] float32, of the next token."""
-        ctx = make_context(input_ids, self.hp.rope_dims, self.hp.rope_base, COMPUTE_DTYPE)
-        x = x0 = self.embed(input_ids, ctx)
-        for block in self.blocks:
-            x = block(x, x0, ctx)
+    def passes(self) -> list[int]:
+        """The blocks in the order in which the stream goes through them now."""
+        return self.order if self.looping else [*range(len(self.blocks))]
+
+    def new_memory(self, rows: int) -> list[Tensor]:
+        """For forward, of `rows` sequences not begun: ids, then inputs and state of the mixers, in order."""
+        device, memory = self.tok_emb.weight.device, []
+        memory.append(torch.full((rows, self.reach), -1, device=device))
+        for mixer in (self.blocks[i].mixer for i in self.passes()):
+            memory.append(torch.zeros(rows, mixer.reach, self.hp.model_dim, dtype=COMPUTE_DTYPE, device=device))
+            if isinstance(mixer, GatedDeltaNet):
+                memory.append(torch.zeros(rows, self.hp.gdn_heads, mixer.head_dim, mixer.head_dim, device=device))
+        return memory
+
+    def forward(self, input_ids: Tensor, memory: list[Tensor] | None = None) -> Tensor:
+        """input_ids: [B, T] int64 -> logits [B, T, V] float32, of the next token.
+        memory: of the tokens before these, from new_memory; brought up to date in place."""
+        ids, order = recall(input_ids, memory, self.reach), self.passes()
+        ctx = make_context(ids, self.hp.rope_dims, self.hp.rope_base, COMPUTE_DTYPE)
+        x = x0 = self.embed(ids.clamp(min=0), ctx)[:, -input_ids.shape[1] :]
+        lane, skips, half, loop = None, [], len(order) // 2, 0
+        for step, i in enumerate(order):
+            if skips and step >= half:
+                weight, gate = self.skips[:, step - half].to(x.dtype)
+                x = torch.lerp(weight * skips.pop(), x, gate.sigmoid())
+            if self.hp.inst_dim and self.looped and i == self.looped[0]:
+                x = x + self.inst_out[loop](self.inst_in(x))
+                loop += 1
+            x, lane = self.blocks[i](x, lane, x0, ctx, memory)
+            if self.hp.unet_skips and step < half:
+                skips.append(x)
+        x = x if lane is None else (x + lane) / 2
         cap = self.hp.logit_softcap
         return cap * torch.tanh(self.lm_head(norm(x)).float() / cap)
 
-def token_nats(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def token_nats(model: nn.Module, x: Tensor, y: Tensor, *memory) -> Tensor:
     """-ln p(target), float32 [B, T]; x, y: [B, T] inputs and targets."""
-    return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none").view_as(y)
+    return F.cross_entropy(model(x, *memory).flatten(0, 1), y.flatten(), reduction="none").view_as(y)
 
 def init_log_uniform_dt(w: Tensor, hp: Hyperparameters) -> None:
     """softplus(dt_bias) log-uniform in [1e-3, 1e-1], as in Mamba-2 and fla."""
@@ -710,7 +843,8 @@ PARAM_RULES = (
     # zero rows under a non-zero projection: an n-gram never seen adds nothing, and both factors can learn
     (r"ngram\.table$", "embed", lambda w, hp: w.zero_()),
     (r"(o|down)_proj\.weight$", "matrix", lambda w, hp: w.zero_()),
-    (r"((q|k|v|g|up)_proj|ngram\.proj)\.weight$", "matrix", lambda w, hp: nn.init.orthogonal_(w)),
+    (r"((q|k|v|g|up)_proj|ngram\.proj|inst_in)\.weight$", "matrix", lambda w, hp: nn.init.orthogonal_(w)),
+    (r"inst_out\.\d+\.weight$", "matrix", lambda w, hp: w.zero_()),
     (r"(a|b)_proj\.weight$", "scalar", lambda w, hp: w.uniform_(-w.shape[1] ** -0.5, w.shape[1] ** -0.5)),
     (r"conv1d\.weight$", "scalar", lambda w, hp: w.uniform_(-0.5, 0.5)),
     (r"A_log$", "scalar", lambda w, hp: w.uniform_(1, 16).log_()),
@@ -718,6 +852,9 @@ PARAM_RULES = (
     (r"q_gain$", "scalar", lambda w, hp: w.fill_(hp.qk_gain_init)),
     (r"resid_mix$", "scalar", lambda w, hp: w.copy_(torch.tensor([[1.0], [0.0]]))),
     (r"(_scale|o_norm)$", "scalar", lambda w, hp: w.fill_(1.0)),
+    (r"attn_gate$", "scalar", lambda w, hp: w.zero_()),
+    (r"skips$", "scalar", lambda w, hp: w.copy_(torch.tensor([1.0, 0.0])[:, None, None])),  # weight, gate
+    (r"lanes$", "scalar", lambda w, hp: w.copy_(torch.tensor([1.1, 1.0, 1.0]))),  # of itself, the mixer, the MLP
     # zero gate and zero weight of the previous token: the identity at the start, and the weight has a gradient
     (r"smear_(gate|lambda)$", "scalar", lambda w, hp: w.zero_()),
 )
@@ -766,13 +903,16 @@ class Muon:
         kinds: dict[str, list[Tensor]] = {"matrix": [], "embed": [], "scalar": []}
         for name, p in model.named_parameters():
             kinds[model.kinds[name]].append(p)
-        self.adam_params = kinds["embed"] + kinds["scalar"]
-        self.adamw = torch.optim.AdamW(
-            [dict(params=kinds["embed"], base_lr=hp.tied_embed_lr, weight_decay=hp.embed_wd),
-             dict(params=kinds["scalar"], base_lr=hp.scalar_lr, weight_decay=0.0)],
-            betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=DEVICE.type == "cuda")
+        groups = [dict(params=kinds["embed"], base_lr=hp.tied_embed_lr, weight_decay=hp.embed_wd),
+                  dict(params=kinds["scalar"], base_lr=hp.scalar_lr, weight_decay=0.0),
+                  dict(params=kinds["matrix"], base_lr=hp.matrix_lr, weight_decay=hp.muon_wd)]
+        use_muon = hp.matrix_optimizer == "muon"
+        groups = groups[:2] if use_muon else groups
+        self.adam_params = [p for group in groups for p in group["params"]]
+        self.adamw = torch.optim.AdamW(groups, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps,
+                                       fused=DEVICE.type == "cuda")
         self.stacks: dict[tuple[int, int], list[Tensor]] = collections.defaultdict(list)
-        for p in kinds["matrix"]:
+        for p in kinds["matrix"] if use_muon else ():
             self.stacks[tuple(p.shape)].append(p)
         # momentum of this rank's share of each stack
         self.momentum = {shape: torch.zeros(-(-len(params) // WORLD_SIZE), *shape, device=DEVICE)
@@ -825,7 +965,8 @@ class Muon:
 
     def reached(self) -> int:
         """How many parameters a gradient has ever reached: those whose momentum is not zero."""
-        matrices = sum(buffer.flatten(1).any(1).sum() for buffer in self.momentum.values())
+        matrices = torch.zeros((), dtype=torch.long, device=DEVICE)
+        matrices += sum(buffer.flatten(1).any(1).sum() for buffer in self.momentum.values())
         return int(all_reduce(matrices) + sum(state["exp_avg"].any() for state in self.adamw.state.values()))
 
 # -----------------------------------------------------------------------------
@@ -922,18 +1063,30 @@ def gptq_quantize(W: Tensor, H: Tensor, bits: int, clip_sigmas: float) -> tuple[
         W[:, i + 128 :] -= Err @ Hinv[i : i + 128, i + 128 :]
     return Q[:, order.argsort()].to(torch.int8), scale
 
+def is_looped(model: GPT, name: str) -> bool:
+    return name.startswith("blocks.") and int(name.split(".")[1]) in model.looped
+
 @torch.no_grad()
-def quantize(model: GPT, hp: Hyperparameters, hessians: dict[str, Tensor] | None = None) -> dict:
-    """(q, scale) of every matrix and embedding by name; without Hessians by rounding to nearest.
+def quantize(model: GPT, hp: Hyperparameters, hessians: dict[str, Tensor] | None = None, skip=()) -> dict:
+    """(q, scale) of every matrix and embedding by name but for `skip`; without Hessians by rounding to nearest.
     Raises: KeyError for a matrix that has no Hessian."""
-    precision = {"matrix": (hp.matrix_bits, hp.matrix_clip_sigmas), "embed": (hp.embed_bits, hp.embed_clip_sigmas)}
     quantized = {}
     for name, p in model.named_parameters():
-        if (kind := model.kinds[name]) in precision:
-            W = p.detach().float()
-            H = hessians[name] if hessians is not None else torch.eye(W.shape[1], device=W.device)
-            quantized[name] = gptq_quantize(W, H, *precision[kind])
+        if model.kinds[name] == "scalar" or name in skip:
+            continue
+        W = p.detach().float()
+        H = hessians[name] if hessians is not None else torch.eye(W.shape[1], device=W.device)
+        precision = ((hp.embed_bits, hp.embed_clip_sigmas) if model.kinds[name] == "embed" else
+                     (hp.loop_bits if is_looped(model, name) else hp.matrix_bits,
+                      hp.mlp_clip_sigmas if ".mlp." in name else hp.matrix_clip_sigmas))
+        quantized[name] = gptq_quantize(W, H, *precision)
     return quantized
+
+def loop_aware_hessians(model: GPT, hp: Hyperparameters, hessians: dict[str, Tensor], batches) -> dict[str, Tensor]:
+    """Those of the looped blocks collected again behind the other blocks as they will ship (#1047, there unused)."""
+    looped = {name for name in hessians if is_looped(model, name)}
+    flat = dequantized(model, quantize(model, hp, hessians, skip=looped))
+    return hessians | {name: H for name, H in collect_hessians(flat, batches).items() if name in looped}
 
 @torch.no_grad()
 def output_errors(model: GPT, quantized: dict, hessians: dict[str, Tensor]) -> dict[str, float]:
@@ -1218,8 +1371,8 @@ def probe(audit: Audit, hp: Hyperparameters, tokens: Tensor, model: GPT, nats_of
 def scorer(model: GPT):
     """(x, y) -> nats [B, T]; the one compiled function of training and scoring on CUDA, eager on a CPU."""
 
-    def nats_of(x, y):
-        return token_nats(model, x, y)
+    def nats_of(x, y, *memory):
+        return token_nats(model, x, y, *memory)
 
     return torch.compile(nats_of, fullgraph=True, dynamic=False) if DEVICE.type == "cuda" else nats_of
 
@@ -1235,26 +1388,30 @@ def validate(hp: Hyperparameters, nats_of, validation: Validation, label: str, s
     log.info(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {timing or f'eval_time:{1000 * seconds:.0f}ms'}")
     return dict(val_loss=loss, val_bpb=bpb, seconds=seconds, nats=nats, count=count)
 
-def accumulate(nats_of, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Adds the gradients of all micro-batches. Returns their mean loss."""
+def accumulate(model: GPT, nats_of, batch: list[tuple[Tensor, Tensor]], chunk: int) -> Tensor:
+    """Adds the gradients of all micro-batches, each in passes over `chunk` tokens: memory is carried from one to the
+    next, gradients are not. Returns the mean loss."""
     loss = torch.zeros((), device=DEVICE)
     for x, y in batch:
-        part = nats_of(x, y).mean() / len(batch)
-        part.backward()
-        loss += part.detach()
+        memory = [model.new_memory(len(x))] if chunk < x.shape[1] else []
+        for part in zip(x.split(chunk, 1), y.split(chunk, 1), strict=True):
+            part_loss = nats_of(*part, *memory).sum() / (y.numel() * len(batch))
+            part_loss.backward()
+            loss += part_loss.detach()
     return loss
 
 def warm_up(hp: Hyperparameters, model: GPT, nats_of) -> None:
     """Compiles every kernel and graph on random tokens, outside the clock, then puts the weights back."""
     saved = copy.deepcopy(model.state_dict())
     optimizer = Muon(model, hp)  # thrown away, with its state
-    micro_steps = grad_accum_steps(hp)
-    shape = (hp.train_batch_tokens // (micro_steps * WORLD_SIZE * hp.train_seq_len), hp.train_seq_len)
-    for step in range(1, hp.warmup_steps + 1):
-        ids = torch.randint(hp.vocab_size, (micro_steps, 2, *shape), device=DEVICE)
-        accumulate(nats_of, [(x, y) for x, y in ids])
-        optimizer.step(1.0, hp.muon_momentum)
-        log.info(f"warmup_step:{step}/{hp.warmup_steps}")
+    shape = (hp.train_batch_tokens // (grad_accum_steps(hp) * WORLD_SIZE * hp.train_seq_len), hp.train_seq_len)
+    variants = [(looping, *stage) for looping in sorted({hp.enable_looping_at == 0, True}) for stage in stages(hp)]
+    for model.looping, _, micro_steps, chunk in variants:
+        for step in range(1, hp.warmup_steps + 1):
+            ids = torch.randint(hp.vocab_size, (micro_steps, 2, *shape), device=DEVICE)
+            accumulate(model, nats_of, [(x, y) for x, y in ids], chunk)
+            optimizer.step(1.0, hp.muon_momentum)
+            log.info(f"warmup_step:{step}/{hp.warmup_steps} looping:{model.looping} chunk:{chunk}")
     collect_hessians(model, [(torch.randint(hp.vocab_size, shape, device=DEVICE), None)])
     model.load_state_dict(saved)
 
@@ -1280,7 +1437,7 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
         log.info(f"gptq:reserving {hp.gptq_reserve_seconds:g}s, effective={1000 * train_budget(hp):.0f}ms")
     recent = collections.deque(maxlen=10)  # seconds of the last steps: the next one must fit into the budget
     start = time.perf_counter() - seconds  # moved forward by what does not count; every step ends in sync with the GPU
-    loader = TrainLoader(stream, hp, position)
+    loader, plan, tokens = TrainLoader(stream, hp, position), stages(hp), position
     while True:
         # all ranks follow the slowest one's clock, or they would stop, and anneal, at different steps
         clock = [time.perf_counter() - start, max(recent, default=0.0)]
@@ -1297,10 +1454,16 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
         if last:
             break
 
-        loss = accumulate(nats_of, loader.next())
+        looping, model.looping = model.looping, progress >= hp.enable_looping_at
+        if model.looping > looping:
+            log.info(f"layer_loop:enabled step:{step} frac:{progress:.3f} passes:{model.passes()}")
+        _, micro_steps, chunk = max(stage for stage in plan if stage[0] <= progress)
+        loss = accumulate(model, nats_of, [loader.next() for _ in range(micro_steps)], chunk)
+        tokens += micro_steps * WORLD_SIZE * loader.span
         grad_norm = optimizer.step(lr_multiplier(hp, progress), muon_momentum(hp, progress))
         # the decay ramps up, so that the start is soon forgotten
-        torch._foreach_lerp_(average, params, 1 - min(hp.ema_decay, (1 + step) / (10 + step)))
+        decay = min(hp.ema_decay, (1 + step) / (10 + step)) if progress >= hp.ema_start else 0.0
+        torch._foreach_lerp_(average, params, 1 - decay)
         step += 1
 
         loss = all_reduce(loss).item() / WORLD_SIZE
@@ -1315,17 +1478,20 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
 
     if out_of_time:
         log.info(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{hp.iterations}")
-    raw_weights = [p.clone() for p in params]
+    raw_weights, model.looping = [p.clone() for p in params], True
     torch._foreach_copy_(params, average)
-    hessians = collect_hessians(model, [pair for _ in range(hp.gptq_calibration_batches) for pair in loader.next()])
+    batches = [loader.next() for _ in range(hp.gptq_calibration_batches * grad_accum_steps(hp))]
     loader.close()  # from here on there is no training data
+    hessians = collect_hessians(model, batches)
+    if hp.gptq_phases == 2:
+        hessians = loop_aware_hessians(model, hp, hessians, batches)
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
         log.info(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
                  f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB")
     total, last_read = time.perf_counter() - start, loader.last_read - start
     log.info(f"train+hessians:{1000 * total:.0f}ms last_read:{1000 * last_read:.0f}ms")
-    tokens = (step + hp.gptq_calibration_batches) * hp.train_batch_tokens
+    tokens += hp.gptq_calibration_batches * hp.train_batch_tokens
     audit.check("schedule", optimizer.lr_multiplier <= lr_multiplier(hp, 1 - 2 / max(step, 1)) + 0.05 and
                 tokens == loader.position, lr_multiplier_at_stop=optimizer.lr_multiplier, tokens_read=loader.position,
                 of_them_needed=tokens)
