@@ -28,7 +28,7 @@ def test_at_most_1500_lines_of_120_columns():
 
 
 def test_banners_are_the_sections_of_the_docstring():
-    banner = re.compile(r"^# -{77}\n# (\d+\. .*)$", re.M)
+    banner = re.compile(r"^# --- (\d+\. .*) -+$", re.M)
     docstring = " ".join(ast.get_docstring(TREE).split())
     assert banner.findall(SOURCE) == re.findall(r"\d+\. [^;.]+", docstring.partition("in run order: ")[2])
 
