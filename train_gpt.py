@@ -154,7 +154,8 @@ class Hyperparameters:
             numeric = (int, float) if f.type is float else f.type
             self.require(f.name, isinstance(getattr(self, f.name), numeric), f.type.__name__)
             self.require(f.name, f.type not in (int, float) or getattr(self, f.name) >= 0, "0 or more")
-        parse_layout(self.layout)
+        order = parse_layout(self.layout)[1]
+        loops = len(order) > len(set(order))
         for (low, high), names in BOUNDS.items():
             for name in names.split():
                 self.require(name, low <= getattr(self, name) <= high, f"{low} to {high}")
@@ -166,7 +167,9 @@ class Hyperparameters:
         self.require("attn_gate_dims", 0 <= self.attn_gate_dims <= self.model_dim, f"0 to MODEL_DIM={self.model_dim}")
         self.require("compressor", self.compressor in CODECS, f"one of {', '.join(CODECS)}")
         self.require("matrix_optimizer", self.matrix_optimizer in ("muon", "adamw"), "muon or adamw")
-        self.require("inst_dim", self.inst_dim == 0 or self.enable_looping_at == 0, "0 where ENABLE_LOOPING_AT is not")
+        self.require("unet_skips", not self.unet_skips or len(order) > 1, "0 for a single pass")
+        self.require("enable_looping_at", not self.enable_looping_at or loops, "0 without a loop in LAYOUT")
+        self.require("inst_dim", not self.inst_dim or loops and not self.enable_looping_at, "0 but in a constant loop")
         self.require("gptq_reserve_seconds", self.gptq_reserve_seconds < self.max_wallclock_seconds or
                      self.max_wallclock_seconds <= 0, f"less than MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g}")
 
@@ -205,7 +208,7 @@ def parse_layout(layout: str) -> tuple[list[tuple[str, int, str]], list[int]]:
     for group, passes in (groups[1], 1), (groups[2] or "", int(groups[3] or 1)), (groups[4] or "", 1):
         first = len(blocks)
         for part in group.split():
-            match = re.fullmatch(r"([GSAgsa])([1-9]\d?)?(?:([=~])(\d+))?", part)
+            match = re.fullmatch(r"([GSAgsa])([1-9][0-9]?)?(?:([=~])([0-9]{1,4}))?", part)
             if not match:
                 raise ValueError(f"LAYOUT={layout!r}: {part!r} is not G, S or A, a count to 99, =block or ~block")
             for _ in range(int(match[2] or 1)):
@@ -221,8 +224,7 @@ SP8192 = dict(vocab_size=8192, data_path="./data/datasets/fineweb10B_sp8192",
 
 PRESETS: dict[str, dict] = {
     "record": {},
-    # two CPU cores, minutes, 2 MB of Python documentation: data/prepare.py --demo
-    "demo": dict(
+    "demo": dict(  # two CPU cores, minutes, 2 MB of Python documentation: data/prepare.py --demo
         data_path="./data/datasets/demo", tokenizer_path="./data/tokenizers/demo_1024_bpe.model",
         train_batch_tokens=2048, train_seq_len=512, grad_accum_steps=1, eval_seq_len=512, val_batch_size=2048,
         layout="G2 S G2 S=2", model_dim=128, gdn_heads=2, num_heads=2, num_kv_heads=1, window_size=256,
@@ -346,9 +348,8 @@ class TokenStream:
         for i, path in enumerate(self.paths):
             if path.name != (expected := f"fineweb_{split}_{i:06d}.bin"):
                 raise FileNotFoundError(f"DATA_PATH={data_path}: {path.name} where {expected} was expected")
-        self.shards = [load_data_shard(path) for path in self.paths]
+        self.shards, self.vocab_size = [load_data_shard(path) for path in self.paths], vocab_size
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards]).tolist()
-        self.vocab_size = vocab_size
         if self.shards[0][0].item() != BOS_ID:
             raise ValueError(f"{self.paths[0]}: starts with token {self.shards[0][0]}, expected BOS={BOS_ID}")
 
@@ -412,10 +413,11 @@ def stages(hp: Hyperparameters) -> list[tuple[float, int, int]]:
     """(progress from which it holds, micro-batches a step, tokens a backward pass) of each stage. CURRICULUM, such as
     '0:1x64 0.15:2x128': between the passes over a sequence memory is carried. Raises: ValueError naming CURRICULUM."""
     most, T = grad_accum_steps(hp), hp.train_seq_len
-    found = [re.fullmatch(r"(0|0?\.\d+):(\d+)x(\d+)", part) for part in (hp.curriculum or f"0:{most}x{T}").split()]
-    plan = [(float(m[1]), int(m[2]), int(m[3])) for m in found if m] or [(1.0, 0, 0)]
-    ok = None not in found and plan == sorted(plan) and plan[0][0] == 0
-    hp.require("curriculum", ok and all(1 <= n <= most and chunk and T % chunk == 0 for _, n, chunk in plan),
+    parts, form = (hp.curriculum or f"0:{most}x{T}").split(), r"(0|0?\.[0-9]{1,9}):([0-9]{1,9})x([0-9]{1,9})"
+    plan = [(float(m[1]), int(m[2]), int(m[3])) for m in (re.fullmatch(form, part) for part in parts) if m]
+    shares = [share for share, _, _ in plan]
+    hp.require("curriculum", len(plan) == len(parts) and shares == sorted({0.0, *shares}) and
+               all(1 <= n <= most and chunk and T % chunk == 0 for _, n, chunk in plan),
                f"share:COUNTxTOKENS, shares rising from 0, counts up to {most}, TOKENS that divide TRAIN_SEQ_LEN={T}")
     return plan
 
@@ -697,13 +699,12 @@ class Block(nn.Module):
         return self.mlp_scale.to(x.dtype) * self.mlp(self.norm_scale * norm(x)) if self.mlp else 0.0
 
     def forward(self, x: Tensor, lane: Tensor | None, x0: Tensor, ctx: Context, memory) -> tuple[Tensor, Tensor | None]:
-        """x, x0: [B, T, D]; lane: the MLP's own residual stream, None while it has none. Returns both as they go on."""
+        """x, x0: [B, T, D]; lane: the MLP's own residual stream, where there is one. Returns both as they go on."""
         mix_x, mix_x0 = self.resid_mix.to(x.dtype)
         u = mix_x * x + mix_x0 * x0
         mixed = self.mixer_scale.to(x.dtype) * self.mixer(self.norm_scale * norm(u), ctx, memory)
         if self.lanes is None:
             return u + mixed + self.mlp_out(u + mixed), lane
-        lane = x if lane is None else lane
         out, ((a, b, c), (d, e, f)) = self.mlp_out(lane), self.lanes.to(x.dtype)
         return a * x + b * mixed + c * out, d * lane + e * mixed + f * out
 
@@ -767,6 +768,8 @@ class GPT(nn.Module):
         x = x0 = self.embed(ids.clamp(min=0), ctx)[:, -input_ids.shape[1] :]
         lane, skips, half, loop = None, [], len(self.order) // 2, 0
         for step, i in enumerate(self.order):
+            if lane is None and self.blocks[i].lanes is not None:
+                lane = x
             if skips and step >= half:
                 weight, gate = self.skips[:, step - half].to(x.dtype)
                 x = torch.lerp(weight * skips.pop(), x, gate.sigmoid())
@@ -832,14 +835,12 @@ POLAR_EXPRESS = (
 def polar_express(G: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrices, nearly: singular values in [1e-3, 1] of the norm go to [0.859, 1.141].
     G: [..., rows, cols]. Steps after the fifth repeat the last tuple. Returns G's shape, in COMPUTE_DTYPE."""
-    X = G.to(COMPUTE_DTYPE)
-    if G.shape[-2] > G.shape[-1]:
-        X = X.mT
-    X = F.normalize(X, dim=(-2, -1), eps=1e-7)
+    tall = G.shape[-2] > G.shape[-1]
+    X = F.normalize((G.mT if tall else G).to(COMPUTE_DTYPE), dim=(-2, -1), eps=1e-7)
     for a, b, c in (POLAR_EXPRESS + POLAR_EXPRESS[-1:] * max(0, steps - 5))[:steps]:
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
-    return X.mT if G.shape[-2] > G.shape[-1] else X
+    return X.mT if tall else X
 
 class Muon:
     """Owns every parameter: Muon (arXiv:2502.16982) for the matrices, AdamW for the rest. No DDP: it reduces gradients.
@@ -891,8 +892,7 @@ class Muon:
         share, (rows, cols) = len(buffer), grads.shape[1:]
         grads = F.pad(grads, (0, 0, 0, 0, 0, share * WORLD_SIZE - len(grads)))[RANK * share :][:share]
         buffer.mul_(momentum).add_(grads)
-        update = grads + momentum * buffer  # Nesterov
-        update = F.normalize(update, dim=-1, eps=1e-7)  # MuonEq-R: rows of equal length first
+        update = F.normalize(grads + momentum * buffer, dim=-1, eps=1e-7)  # Nesterov, then MuonEq-R: rows of one length
         update = polar_express(update, self.hp.muon_backend_steps) * max(1, rows / cols) ** 0.5
         if WORLD_SIZE == 1:
             return update
@@ -1110,8 +1110,7 @@ class Validation:
         stream = TokenStream(hp.data_path, "val", hp.vocab_size)
         if len(stream) < 2:
             raise ValueError(f"{stream.paths[0]}: {len(stream)} tokens, expected at least 2")
-        self.paths = stream.paths
-        self.tokens = stream.read(0, len(stream)).to(DEVICE)
+        self.paths, self.tokens = stream.paths, stream.read(0, len(stream)).to(DEVICE)
         self.documents = documents(self.tokens.cpu().numpy())
         sp = spm.SentencePieceProcessor(model_file=hp.tokenizer_path)
         luts = build_sentencepiece_luts(sp, hp.vocab_size, DEVICE)
