@@ -143,8 +143,8 @@ class Hyperparameters:
                 try:
                     setattr(hp, f.name, {"0": False, "1": True}[env[name]] if f.type is bool else f.type(env[name]))
                 except (KeyError, ValueError):
-                    expected = "0 or 1" if f.type is bool else f.type.__name__
-                    raise ValueError(f"{name}={env[name]!r}: expected {expected}") from None
+                    kind = "0 or 1" if f.type is bool else f.type.__name__
+                    raise ValueError(f"{name}={env[name]!r}: expected {kind}") from None
         hp.validate()
         return hp
 
@@ -858,9 +858,8 @@ class Muon:
         self.stacks: dict[tuple[int, int], list[Tensor]] = collections.defaultdict(list)
         for p in kinds.get("matrix", []):
             self.stacks[tuple(p.shape)].append(p)
-        # momentum of this rank's share of each stack
         self.momentum = {shape: torch.zeros(-(-len(params) // WORLD_SIZE), *shape, device=DEVICE)
-                         for shape, params in self.stacks.items()}
+                         for shape, params in self.stacks.items()}  # of this rank's share of each stack
 
     def reduce_gradients(self) -> Tensor:
         """Averages over ranks, clips. Returns the norm before clipping."""
@@ -880,8 +879,7 @@ class Muon:
         self.adamw.step()
         lr = self.hp.matrix_lr * lr_multiplier
         for shape, params in self.stacks.items():
-            grads = torch.stack([p.grad for p in params])
-            update = self.orthogonal_update(grads, self.momentum[shape], momentum)
+            update = self.orthogonal_update(torch.stack([p.grad for p in params]), self.momentum[shape], momentum)
             torch._foreach_mul_(params, 1 - lr * self.hp.muon_wd)
             torch._foreach_add_(params, update[: len(params)].float().unbind(), alpha=-lr)
         self.model.zero_grad()
@@ -925,8 +923,7 @@ def collect_hessians(model: GPT, batches: list[tuple[Tensor, Tensor]]) -> dict[s
     for hessian in hessians.values():
         all_reduce(hessian)
     if model.ngram is not None:
-        P = model.ngram.proj.weight.detach()
-        hessians["ngram.table"] = P.mT @ P
+        hessians["ngram.table"] = model.ngram.proj.weight.detach().mT @ model.ngram.proj.weight.detach()
     return dict(hessians)
 
 def gptq_quantize(W: Tensor, H: Tensor, bits: int, clip_sigmas: float) -> tuple[Tensor, Tensor]:
@@ -956,6 +953,13 @@ def gptq_quantize(W: Tensor, H: Tensor, bits: int, clip_sigmas: float) -> tuple[
         W[:, i + 128 :] -= Err @ Hinv[i : i + 128, i + 128 :]
     return Q[:, order.argsort()].to(torch.int8), scale
 
+def precision(model: GPT, hp: Hyperparameters, name: str) -> tuple[int, float]:
+    """Bits and clip_sigmas of a quantized parameter."""
+    if model.kinds[name] == "embed":
+        return hp.embed_bits, hp.embed_clip_sigmas
+    bits = hp.loop_bits if name.startswith(model.looped) else hp.matrix_bits
+    return bits, hp.mlp_clip_sigmas if ".mlp." in name else hp.matrix_clip_sigmas
+
 @torch.no_grad()
 def quantize(model: GPT, hp: Hyperparameters, hessians: dict[str, Tensor] | None = None, skip=()) -> dict:
     """(q, scale) of every matrix and embedding by name but for `skip`; without Hessians by rounding to nearest.
@@ -966,10 +970,7 @@ def quantize(model: GPT, hp: Hyperparameters, hessians: dict[str, Tensor] | None
             continue
         W = p.detach().float()
         H = hessians[name] if hessians is not None else torch.eye(W.shape[1], device=W.device)
-        precision = ((hp.embed_bits, hp.embed_clip_sigmas) if model.kinds[name] == "embed" else
-                     (hp.loop_bits if name.startswith(model.looped) else hp.matrix_bits,
-                      hp.mlp_clip_sigmas if ".mlp." in name else hp.matrix_clip_sigmas))
-        quantized[name] = gptq_quantize(W, H, *precision)
+        quantized[name] = gptq_quantize(W, H, *precision(model, hp, name))
     return quantized
 
 def loop_aware_hessians(model: GPT, hp: Hyperparameters, hessians: dict[str, Tensor], batches) -> dict[str, Tensor]:
@@ -1356,8 +1357,7 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
     batches = [loader.next() for _ in range(hp.gptq_calibration_batches * grad_accum_steps(hp))]
     loader.close()  # from here on there is no training data
     hessians = collect_hessians(model, batches)
-    if hp.gptq_phases == 2:
-        hessians = loop_aware_hessians(model, hp, hessians, batches)
+    hessians = loop_aware_hessians(model, hp, hessians, batches) if hp.gptq_phases == 2 else hessians
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
         log.info(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
@@ -1442,12 +1442,12 @@ def write_submission(hp: Hyperparameters, validation: Validation, figures: dict,
     in_time = max(figures["wallclock_seconds"], figures["eval_time_seconds"]) <= 600
     compliance = dict(within_600_seconds_each=in_time, full_validation_split=validation.is_official)
     official = all(compliance.values())
-    hardware = f"{WORLD_SIZE}x{torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'}"
     submission = dict(
         author=hp.author or None, github_id=hp.github_id or None, name="Gated DeltaNet / sliding-window hybrid",
         date=time.strftime("%Y-%m-%d", time.gmtime()), track="10min_16mb", preset=hp.preset, run_id=hp.run_id,
-        seed=hp.seed, hardware=hardware, pytorch_version=torch.__version__,
-        **(scores if official else dict.fromkeys(scores)), own_text=None if official else own_text, **figures,
+        seed=hp.seed, hardware=f"{WORLD_SIZE}x{torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'}",
+        pytorch_version=torch.__version__, **(scores if official else dict.fromkeys(scores)),
+        own_text=None if official else own_text, **figures,
         compliance=compliance | {name: check["passed"] for name, check in audit.checks.items()})
     Path("submission.json").write_text(json.dumps(submission, indent=2) + "\n")
 

@@ -1,14 +1,19 @@
 """Measure what the README states. Speed is always a ratio within one run; nothing here is counted or needed to train.
 
-    python tools/bench.py delta         # gated_delta_rule against fla's naive chunk function, forward + backward
-    python tools/bench.py size          # parameters and estimated artifact bytes of every preset, on the meta device
-    python tools/bench.py throughput    # training tokens per second of PRESET and how far from the matmul floor
+    python tools/bench.py --delta         # gated_delta_rule against fla's naive chunk function, forward + backward
+    python tools/bench.py --size          # parameters and estimated artifact bytes of every preset, on the meta device
+    python tools/bench.py --throughput    # training tokens per second of PRESET and how far from the matmul floor
+    python tools/bench.py --presets       # each preset at toy size: same parameters, same tokens of DATA_PATH, seeds
 """
 
 import argparse
 import math
 import os
+import re
+import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -91,22 +96,102 @@ def gaussian_bits(bits: int, clip_sigmas: float) -> float:
     return torch.special.entr(cdf.diff()).sum().item() / math.log(2)
 
 
+def parameters(hp: t.Hyperparameters) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in t.GPT(hp).parameters())
+
+
+def estimated_bytes(hp: t.Hyperparameters) -> tuple[float, int]:
+    """Entropy of the quantized values, were all rows normal; float16 of scales and the rest."""
+    with torch.device("meta"):
+        model = t.GPT(hp)
+    quantized, half = 0.0, 0
+    for name, p in model.named_parameters():
+        is_scalar = model.kinds[name] == "scalar"
+        half += 2 * (p.numel() if is_scalar else len(p))
+        quantized += 0 if is_scalar else p.numel() * gaussian_bits(*t.precision(model, hp, name)) / 8
+    return quantized, half
+
+
 def bench_size(args) -> None:
     code = os.path.getsize(t.__file__)
-    print(f"{'preset':<14}{'parameters':>12}{'int6/int8':>12}{'float16':>10}{'code':>8}{'estimate':>12}{'of cap':>8}")
+    print(f"{'preset':<14}{'parameters':>12}{'integers':>12}{'float16':>10}{'code':>8}{'estimate':>12}{'of cap':>8}")
     for preset in t.PRESETS:
         hp = t.Hyperparameters.from_env({"PRESET": preset})
-        with torch.device("meta"):
-            model = t.GPT(hp)
-        rate = {"matrix": gaussian_bits(hp.matrix_bits, hp.matrix_clip_sigmas),
-                "embed": gaussian_bits(hp.embed_bits, hp.embed_clip_sigmas)}
-        kinds = [(p, model.kinds[name]) for name, p in model.named_parameters()]
-        quantized = sum(p.numel() * rate[kind] / 8 for p, kind in kinds if kind in rate)
-        half = 2 * sum(len(p) if kind in rate else p.numel() for p, kind in kinds)
+        quantized, half = estimated_bytes(hp)
         total = quantized + half + code
-        count = sum(p.numel() for p, _ in kinds)
-        print(f"{preset:<14}{count:>12,}{quantized:>12,.0f}{half:>10,}{code:>8,}{total:>12,.0f}"
+        print(f"{preset:<14}{parameters(hp):>12,}{quantized:>12,.0f}{half:>10,}{code:>8,}{total:>12,.0f}"
               f"{total / t.SIZE_LIMIT:>8.1%}")
+
+
+# parameters as published: #1545, #1787 with #1855, the competition's baseline, #1734, #875 (none), #1047
+PUBLISHED = dict(record="33,862,953", transformer="35,945,671", baseline="17,059,912", kv_share="33,909,825",
+                 pure_gdn="not stated", crawler="14,487,088")
+TOY = dict(
+    vocab_size=1024, data_path="./data/datasets/demo", tokenizer_path="./data/tokenizers/demo_1024_bpe.model",
+    train_batch_tokens=1536, train_seq_len=512, eval_seq_len=512, eval_stride=64, val_batch_size=4096, gdn_heads=2,
+    gdn_head_dim=64, num_heads=2, num_kv_heads=1, max_wallclock_seconds=0.0, eval_seconds=0.0, warmup_steps=1,
+    ema_decay=0.95, gptq_calibration_batches=16, matrix_clip_sigmas=6.0, mlp_clip_sigmas=6.0, embed_clip_sigmas=12.0,
+)
+
+
+def toy(preset: str, target: int, tokens: int) -> tuple[dict, int]:
+    """Settings of a toy of the preset: its layout and tricks, the width that comes nearest to `target` parameters, and
+    as many steps as `tokens` need; and its parameters."""
+    ours = t.PRESETS[preset]
+    settings = TOY | dict(grad_accum_steps=3 if ours.get("curriculum") else 1,
+                          window_size=min(256, ours.get("window_size", 512)))
+    if ours.get("ngram_vocab_size", 1):
+        settings |= dict(ngram_vocab_size=1024, ngram_dim=64)
+
+    def build(width: int) -> t.Hyperparameters:
+        return t.Hyperparameters(**({"preset": preset} | ours | settings | dict(model_dim=width)))
+
+    width = min(range(48, 385, 8), key=lambda width: abs(parameters(build(width)) - target))
+    plan = t.stages(build(width))
+    ends = [start for start, _, _ in plan[1:]] + [1.0]
+    share = sum((end - start) * micro for end, (start, micro, _) in zip(ends, plan, strict=True))
+    per_step = settings["train_batch_tokens"] * share / settings["grad_accum_steps"]
+    return settings | dict(model_dim=width, iterations=round(tokens / per_step)), parameters(build(width))
+
+
+def toy_run(preset: str, settings: dict, seed: int) -> tuple[float, float]:
+    """One run in a process of its own. Returns bits per byte of the artifact and training tokens per second."""
+    settings = {name.upper(): str(value) for name, value in settings.items()} | dict(PRESET=preset, SEED=str(seed))
+    data = {name: str(Path(os.environ.get(name, settings[name])).resolve()) for name in ("DATA_PATH", "TOKENIZER_PATH")}
+    with tempfile.TemporaryDirectory() as folder:
+        run = subprocess.run([sys.executable, t.__file__], cwd=folder, env=os.environ | settings | data,
+                             capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"{preset}, seed {seed}: {run.stdout[-1000:]}{run.stderr[-1000:]}")
+    tokens = int(re.search(r'"of_them_needed": (\d+)', run.stdout)[1])
+    tokens -= int(settings["GPTQ_CALIBRATION_BATCHES"]) * int(settings["TRAIN_BATCH_TOKENS"])
+    train_ms = int(re.findall(r"val_bpb:\S+ train_time:(\d+)ms", run.stdout)[-1])
+    return float(re.findall(r"_exact val_loss:\S+ val_bpb:(\S+)", run.stdout)[-1]), 1000 * tokens / train_ms
+
+
+def bench_presets(args) -> None:
+    data = os.environ.get("DATA_PATH", TOY["data_path"])
+    target = toy("record", 1_300_000, 1)[1]
+    print(f"toys of about {target:,} parameters, {args.tokens:,} tokens of {Path(data).name}, {t.DEVICE.type}")
+    print("| preset | layout | parameters, published | ours | artifact + code, estimated | toy: parameters | "
+          "val_bpb | seeds | tokens/s |\n|---|---|--:|--:|--:|--:|--:|--:|--:|")
+    scores = {}
+    for preset, published in PUBLISHED.items():
+        hp = t.Hyperparameters.from_env({"PRESET": preset})
+        settings, count = toy(preset, target, args.tokens)
+        seeds = args.seeds if preset in ("record", "transformer", "baseline") else 1
+        runs = [toy_run(preset, settings, seed) for seed in range(1, seeds + 1)]
+        bpb, rates = zip(*runs, strict=True)
+        scores[preset] = bpb
+        noise = f" ± {statistics.stdev(bpb):.4f}" if seeds > 1 else ""
+        print(f"| `{preset}` | `{hp.layout}` | {published} | {parameters(hp):,} | "
+              f"{sum(estimated_bytes(hp)) + os.path.getsize(t.__file__):,.0f} | {count:,} | "
+              f"{statistics.mean(bpb):.4f}{noise} | {seeds} | {statistics.median(rates):,.0f} |", flush=True)
+    for other in ("transformer", "baseline"):
+        better = [b - a for a, b in zip(scores["record"], scores[other], strict=True)]
+        print(f"record better than {other} by {statistics.mean(better):+.4f}, by seed: "
+              + " ".join(f"{x:+.4f}" for x in better))
 
 
 def bench_throughput(args) -> None:
@@ -134,10 +219,14 @@ def bench_throughput(args) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["delta", "size", "throughput"])
+    what = parser.add_mutually_exclusive_group(required=True)
+    for bench in (bench_delta, bench_size, bench_throughput, bench_presets):
+        what.add_argument(f"--{bench.__name__[6:]}", dest="bench", action="store_const", const=bench)
     parser.add_argument("--runs", type=int, default=10, help="timed runs, after 3 of warm-up")
+    parser.add_argument("--tokens", type=int, default=768_000, help="that each toy is trained on")
+    parser.add_argument("--seeds", type=int, default=3, help="of record, transformer and baseline; the others have one")
     args = parser.parse_args()
-    {"delta": bench_delta, "size": bench_size, "throughput": bench_throughput}[args.what](args)
+    args.bench(args)
 
 
 if __name__ == "__main__":
