@@ -35,10 +35,11 @@ if [ "$gpus" = 0 ]; then
     export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
 fi
 if [ -z "${DATA_PATH:-}" ]; then
+    dataset=$("$python" -c 'import os, train_gpt as t; print(t.Hyperparameters.from_env(os.environ).data_path)')
+    source="--variant ${dataset##*_}"
+    [ "${PRESET:-record}" = demo ] && source=--demo
     # stats.json is written last: a folder without it is not complete, and prepare.py goes on where it stopped
-    dataset=fineweb10B_sp1024 source="--variant sp1024"
-    [ "${PRESET:-record}" = demo ] && dataset=demo source=--demo
-    [ -e "data/datasets/$dataset/stats.json" ] || "$python" data/prepare.py $source
+    [ -e "$dataset/stats.json" ] || "$python" data/prepare.py $source
 fi
 nproc=1  # 8, 4 or 2 processes share the batch evenly; the demo's is too small to share
 for n in 2 4 8; do [ "$gpus" -ge $n ] && [ "${PRESET:-record}" != demo ] && nproc=$n; done
