@@ -1,8 +1,8 @@
-"""Artifacts and checkpoints: what comes back is what was written, bit for bit, or nothing.
+"""Artifacts: what comes back is what was written, bit for bit, or nothing.
 
 The artifact's format is read and written here a second time, from its description. Loaded weights are
 compared with q * scale of the quantizer's own numbers, damaged files with the promise that each is one
-ValueError that names the file, and a resumed run with the run that was never interrupted.
+ValueError that names the file, and what a killed run leaves with what was there before it.
 """
 
 import hashlib
@@ -415,7 +415,7 @@ def test_a_write_that_fails_leaves_the_earlier_artifact(packed, monkeypatch):
 
 
 # -----------------------------------------------------------------------------
-# checkpoints
+# killed runs
 
 
 @pytest.fixture
@@ -442,77 +442,51 @@ def run(tmp_path, monkeypatch, capsys):
     return start
 
 
-def losses(lines: list[str]) -> dict[str, str]:
-    return dict(re.findall(r"^step:(\d+)/6 train_loss:(\S+)", "\n".join(lines), re.MULTILINE))
-
-
 def final(lines: list[str]) -> list[str]:
     return [line for line in lines if "_exact" in line]
 
 
-def test_a_resumed_run_is_the_run_that_was_not_interrupted(run, tmp_path):
+def killed_in_a_step(patch):
+    muon_step, steps = train_gpt.Muon.step, []
+
+    def step(*args):
+        steps.append(None)
+        if len(steps) == 1 + 5:  # one is the warm-up
+            raise KeyboardInterrupt
+        return muon_step(*args)
+
+    patch.setattr(train_gpt.Muon, "step", step)
+
+
+def killed_before_packing(patch):
+    def quantize(*_):
+        raise KeyboardInterrupt
+
+    patch.setattr(train_gpt, "quantize", quantize)
+
+
+def killed_while_writing(patch):
+    write_bytes = Path.write_bytes
+
+    def half(path, data):
+        write_bytes(path, data[: len(data) // 2])
+        raise KeyboardInterrupt
+
+    patch.setattr(Path, "write_bytes", half)
+
+
+@pytest.mark.parametrize("killed", [killed_in_a_step, killed_before_packing, killed_while_writing])
+def test_a_killed_run_leaves_the_earlier_artifact_or_none(run, tmp_path, killed):
+    """And no claim of the earlier run; started again, it gives what it would have given."""
     whole = run(artifact="whole.ptz")
-    assert list(losses(whole)) == list("123456") and len(final(whole)) == 2
-    with pytest.MonkeyPatch.context() as patch:  # the power fails in step 6; the checkpoint is of step 4
-        muon_step, steps = train_gpt.Muon.step, []
-
-        def step(*args):
-            steps.append(None)
-            if len(steps) == 1 + 6:  # one is the warm-up
-                raise KeyboardInterrupt
-            return muon_step(*args)
-
-        patch.setattr(train_gpt.Muon, "step", step)
-        with pytest.raises(KeyboardInterrupt):
-            run(artifact="half.ptz", checkpoint_every=2)
-    assert not (tmp_path / "half.ptz").exists() and (tmp_path / "whole.ptz").exists()
-    resumed = run(artifact="half.ptz", resume=1)
-    assert losses(resumed) == {step: losses(whole)[step] for step in "56"}
-    assert final(resumed) == final(whole)
-    assert (tmp_path / "half.ptz").read_bytes() == (tmp_path / "whole.ptz").read_bytes()
-
-
-def test_a_checkpoint_of_another_run_is_refused(run):
-    run(checkpoint_every=4)
-    with pytest.raises(ValueError) as error:
-        run(resume=1, matrix_lr=0.01, layout="G S")
-    assert "MATRIX_LR" in str(error.value) and "LAYOUT" in str(error.value) and "SEED" not in str(error.value)
-    run(resume=1, run_id="another_name", author="somebody", checkpoint_every=5)
-
-
-def test_without_a_checkpoint_there_is_nothing_to_resume(run):
-    with pytest.raises(FileNotFoundError, match="checkpoint"):
-        run(resume=1)
-
-
-def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one(run, tmp_path, monkeypatch):
-    run(checkpoint_every=6)
-    (path,) = (path for path in tmp_path.iterdir() if "checkpoint" in path.name)
-    before = path.read_bytes()
-
-    def power_cut(content, path, *_):
-        Path(path).write_bytes(b"half")
-        raise OSError("no space left on device")
-
-    with monkeypatch.context() as context:
-        context.setattr(torch, "save", power_cut)
-        with pytest.raises(OSError, match="no space"):
-            run(checkpoint_every=2)
-    assert path.read_bytes() == before
-    assert losses(run(resume=1)) == {}
-
-
-@pytest.mark.parametrize("other_step, fits", [(3, True), (2, False), (4, False)])
-def test_checkpoints_of_different_steps_are_refused(tmp_path, monkeypatch, tiny, other_step, fits):
-    """A kill between two ranks' renames leaves them; the second rank is played by the reduction."""
-    hp, path, weight = tiny(), str(tmp_path / "rank0.checkpoint"), torch.ones(2, requires_grad=True)
-    adamw = torch.optim.AdamW([weight])
-    train_gpt.save_checkpoint(path, hp, [torch.zeros(2)], adamw, step=3, seconds=1.0, position=7)
-    monkeypatch.setattr(train_gpt, "all_reduce", lambda x, op: x.maximum(x.new_tensor([other_step, -other_step])))
-    if fits:
-        assert train_gpt.load_checkpoint(path, hp, [weight.detach()], adamw)["position"] == 7
-        assert not weight.any()
-    else:
-        with pytest.raises(ValueError, match="of step 3"):
-            train_gpt.load_checkpoint(path, hp, [weight.detach()], adamw)
-        assert weight.all()
+    artifact = (tmp_path / "whole.ptz").read_bytes()
+    assert len(final(whole)) == 2 and (tmp_path / "submission.json").exists()
+    for name in ("whole.ptz", "half.ptz"):
+        with pytest.MonkeyPatch.context() as patch:
+            killed(patch)
+            with pytest.raises(KeyboardInterrupt):
+                run(artifact=name, seed=7)
+        assert not (tmp_path / "half.ptz").exists() and (tmp_path / "whole.ptz").read_bytes() == artifact
+        assert not (tmp_path / "submission.json").exists()
+    assert final(run(artifact="half.ptz")) == final(whole)
+    assert (tmp_path / "half.ptz").read_bytes() == artifact
