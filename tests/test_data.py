@@ -338,8 +338,8 @@ def be_rank(monkeypatch, rank: int, world_size: int) -> None:
 
 def batches(tmp_path, hp, steps: int, position: int = 0) -> list[list[tuple[np.ndarray, np.ndarray]]]:
     """The micro-batches of some steps of this rank."""
-    loader = TrainLoader(open_stream(tmp_path), hp, position)
-    taken = [[(x.numpy(), y.numpy()) for x, y in loader.next()] for _ in range(steps)]
+    loader, micro_steps = TrainLoader(open_stream(tmp_path), hp, position), train_gpt.grad_accum_steps(hp)
+    taken = [[tuple(side.numpy() for side in loader.next()) for _ in range(micro_steps)] for _ in range(steps)]
     loader.close()
     return taken
 
@@ -395,7 +395,7 @@ def test_micro_batches_are_the_same_however_many_ranks_share_them(tmp_path, ring
     assert sets[0] == sets[1] == sets[2] == sets[3]
 
 
-@pytest.mark.parametrize("taken", [0, 1, 3, 9])
+@pytest.mark.parametrize("taken", [0, 2, 6, 18])  # micro-batches, two a step
 def test_a_loader_resumes_from_its_position(tmp_path, ring, tiny, taken):
     hp = tiny(train_batch_tokens=256, train_seq_len=32, grad_accum_steps=2)
     loader = TrainLoader(open_stream(tmp_path), hp)
@@ -403,9 +403,9 @@ def test_a_loader_resumes_from_its_position(tmp_path, ring, tiny, taken):
         loader.next()
     position = loader.position
     loader.close()
-    assert position == 256 * taken
+    assert position == 128 * taken
     resumed = batches(tmp_path, hp, 2, position)
-    expected = batches(tmp_path, hp, taken + 2)[taken:]
+    expected = batches(tmp_path, hp, taken // 2 + 2)[taken // 2 :]
     assert all(np.array_equal(a, b) for p, q in zip(resumed, expected, strict=True)
                for s, t in zip(p, q, strict=True) for a, b in zip(s, t, strict=True))
 
@@ -441,10 +441,10 @@ def test_a_batch_that_does_not_divide_is_refused(
 @pytest.mark.parametrize("world_size", [3, 5, 16])
 def test_ranks_that_do_not_divide_eight_need_accumulation(tmp_path, ring, tiny, monkeypatch, world_size):
     be_rank(monkeypatch, 0, world_size)
-    with pytest.raises(ValueError, match=f"WORLD_SIZE={world_size}.*GRAD_ACCUM_STEPS"):
+    with pytest.raises(ValueError, match=f"GRAD_ACCUM_STEPS=0.*WORLD_SIZE={world_size}"):
         TrainLoader(open_stream(tmp_path), tiny(train_batch_tokens=960, train_seq_len=32, grad_accum_steps=0))
     loader = TrainLoader(open_stream(tmp_path), tiny(train_batch_tokens=world_size * 32, train_seq_len=32))
-    assert loader.next()[0][0].shape == (1, 32)
+    assert loader.next()[0].shape == (1, 32)
     loader.close()
 
 
@@ -456,7 +456,8 @@ VALID = {  # fields for which that value is impossible
     "preset": "demo", "layout": "A3 S", "compressor": "zstd", "xsa": "0", "vocab_size": "60000",
     "model_dim": "96", "num_heads": "12", "num_kv_heads": "2", "head_dim": "48", "rope_dims": "32",
     "mlp_mult": "2.5", "rope_base": "500.5", "logit_softcap": "15.5", "matrix_clip_sigmas": "9.75",
-    "embed_clip_sigmas": "15.25", "eval_seq_len": "99", "max_wallclock_seconds": "99.5",
+    "embed_clip_sigmas": "15.25", "eval_seq_len": "99", "max_wallclock_seconds": "99.5", "mlp_clip_sigmas": "9.25",
+    "matrix_optimizer": "adamw", "gptq_phases": "2",
 }
 
 
@@ -481,7 +482,8 @@ def test_a_preset_is_a_diff_of_the_defaults_under_the_environment(preset):
             assert type(value) is field.type
     assert hp.preset == preset
     assert Hyperparameters.from_env(dict(PRESET=preset, SEED="5")).seed == 5
-    back = {name.upper(): str(getattr(default, name)) for name in PRESETS[preset]}  # the environment wins
+    back = {name: getattr(default, name) for name in PRESETS[preset]}  # the environment wins
+    back = {name.upper(): str(int(value) if isinstance(value, bool) else value) for name, value in back.items()}
     hp = Hyperparameters.from_env(dict(PRESET=preset) | back)
     assert all(getattr(hp, name) == getattr(default, name) for name in PRESETS[preset])
 
@@ -502,7 +504,7 @@ def test_every_field_is_read_from_its_variable(name):
 
 def test_switches_are_zero_and_one():
     assert Hyperparameters.from_env(dict(XSA="0")).xsa is False
-    assert Hyperparameters.from_env(dict(XSA="1", RESUME="1")).resume is True
+    assert Hyperparameters.from_env(dict(XSA="1", EVAL_ONLY="1")).eval_only is True
 
 
 def test_a_base_is_overridden_and_left_as_it_is():
@@ -521,7 +523,7 @@ def test_a_base_is_overridden_and_left_as_it_is():
     ("MATRIX_LR", "0,1", "float"),
     ("XSA", "true", "0 or 1"),
     ("XSA", "", "0 or 1"),
-    ("RESUME", "2", "0 or 1"),
+    ("UNET_SKIPS", "2", "0 or 1"),
     ("EVAL_ONLY", "no", "0 or 1"),
     ("PRESET", "recrod", "record"),
     ("PRESET", "", "demo"),
@@ -534,21 +536,29 @@ def test_a_value_that_cannot_be_read_names_itself(name, text, expected):
 
 POSITIVE = ("VOCAB_SIZE TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN MODEL_DIM MLP_MULT GDN_HEADS GDN_HEAD_DIM NUM_HEADS "
             "NUM_KV_HEADS HEAD_DIM WINDOW_SIZE ROPE_BASE LOGIT_SOFTCAP ITERATIONS EVAL_SEQ_LEN EVAL_STRIDE "
-            "VAL_BATCH_SIZE MATRIX_CLIP_SIGMAS EMBED_CLIP_SIGMAS GPTQ_CALIBRATION_BATCHES").split()
+            "VAL_BATCH_SIZE MATRIX_CLIP_SIGMAS EMBED_CLIP_SIGMAS GPTQ_CALIBRATION_BATCHES MUON_BACKEND_STEPS "
+            "MLP_CLIP_SIGMAS").split()
+ANY_NUMBER = [f.name.upper() for f in fields(Hyperparameters) if f.type in (int, float)]
 IMPOSSIBLE = [  # environment, the variable to blame, what else the message must say
     *((dict([(name, value)]), name, "") for name in POSITIVE for value in ("0", "-1")),
-    *((dict([(name, value)]), name, "1") for value in ("-0.1", "1.01", "nan")
-      for name in ("WARMDOWN_FRAC", "MIN_LR", "EMA_DECAY", "MUON_MOMENTUM_WARMUP_FRAC")),
-    *((dict([(name, value)]), name, "8") for name in ("MATRIX_BITS", "EMBED_BITS") for value in ("1", "9")),
+    *((dict([(name, value)]), name, expected)
+      for value, expected in (("-0.1", "0 or more"), ("1.01", "0 to 1"), ("nan", "0 or more"))
+      for name in ("WARMDOWN_FRAC", "MIN_LR", "EMA_DECAY", "EMA_START", "MUON_MOMENTUM_WARMUP_FRAC", "MUON_MOMENTUM",
+                   "BETA1", "BETA2", "ENABLE_LOOPING_AT")),
+    *((dict([(name, "-1")]), name, "0 or more") for name in ANY_NUMBER if name not in POSITIVE),
+    *((dict([(name, value)]), name, "8") for name in ("MATRIX_BITS", "EMBED_BITS", "LOOP_BITS") for value in "19"),
+    *((dict(GPTQ_PHASES=value), "GPTQ_PHASES", "1 to 2") for value in "03"),
+    (dict(MATRIX_OPTIMIZER="sgd"), "MATRIX_OPTIMIZER", "muon or adamw"),
+    (dict(ATTN_GATE_DIMS="513"), "ATTN_GATE_DIMS", "MODEL_DIM=512"),
+    (dict(INST_DIM="4", ENABLE_LOOPING_AT="0.5"), "INST_DIM", "ENABLE_LOOPING_AT"),
     *((dict([(name, "nan")]), name, "") for name in ("MLP_MULT", "ROPE_BASE", "GPTQ_RESERVE_SECONDS")),
     (dict(VOCAB_SIZE="65537"), "VOCAB_SIZE", "65536"),
     (dict(NUM_KV_HEADS="3"), "NUM_KV_HEADS", "NUM_HEADS=8"),
     (dict(NUM_KV_HEADS="16"), "NUM_KV_HEADS", "NUM_HEADS=8"),
     (dict(ROPE_DIMS="15"), "ROPE_DIMS", "64"),
     (dict(ROPE_DIMS="66"), "ROPE_DIMS", "64"),
-    (dict(ROPE_DIMS="-2"), "ROPE_DIMS", "64"),
+    (dict(ROPE_DIMS="-2"), "ROPE_DIMS", "0 or more"),
     (dict(SMEAR_DIMS="513"), "SMEAR_DIMS", "MODEL_DIM=512"),
-    (dict(SMEAR_DIMS="-1"), "SMEAR_DIMS", "MODEL_DIM=512"),
     (dict(NGRAM_VOCAB_SIZE="1"), "NGRAM_VOCAB_SIZE", "0"),
     (dict(NGRAM_VOCAB_SIZE="-5"), "NGRAM_VOCAB_SIZE", "0"),
     (dict(NGRAM_DIM="0"), "NGRAM_DIM", ""),
@@ -557,14 +567,18 @@ IMPOSSIBLE = [  # environment, the variable to blame, what else the message must
     (dict(COMPRESSOR="gzip"), "COMPRESSOR", "brotli"),
     (dict(COMPRESSOR=""), "COMPRESSOR", "zstd"),
     (dict(GPTQ_RESERVE_SECONDS="600"), "GPTQ_RESERVE_SECONDS", "MAX_WALLCLOCK_SECONDS=600"),
-    (dict(GPTQ_RESERVE_SECONDS="-1"), "GPTQ_RESERVE_SECONDS", ""),
     (dict(MAX_WALLCLOCK_SECONDS="5"), "GPTQ_RESERVE_SECONDS", "MAX_WALLCLOCK_SECONDS=5"),
-    (dict(GRAD_ACCUM_STEPS="-1"), "GRAD_ACCUM_STEPS", "0"),
-    (dict(GRAD_CLIP_NORM="-1"), "GRAD_CLIP_NORM", "0"),
     (dict(LAYOUT=""), "LAYOUT", "block"),
     (dict(LAYOUT="G5 X S"), "LAYOUT", "'X'"),
     (dict(LAYOUT="G0"), "LAYOUT", "'G0'"),
-    (dict(LAYOUT="g2"), "LAYOUT", "'g2'"),
+    (dict(LAYOUT="x2"), "LAYOUT", "'x2'"),
+    (dict(LAYOUT="G S~0"), "LAYOUT", "block 0"),
+    (dict(LAYOUT="S S~1"), "LAYOUT", "block 1"),
+    (dict(LAYOUT="S S~0 S~1"), "LAYOUT", "block 1"),
+    (dict(LAYOUT="S S~0 S=1"), "LAYOUT", "block 1"),
+    (dict(LAYOUT="S (G=1)x2"), "LAYOUT", "block 1"),
+    (dict(LAYOUT="G (S)x1"), "LAYOUT", "(blocks)x2 to x9"),
+    (dict(LAYOUT="G (S)x2 (S)x2"), "LAYOUT", "at most one group"),
     (dict(LAYOUT="G2,S"), "LAYOUT", "'G2,S'"),
     (dict(LAYOUT="G S="), "LAYOUT", "'S='"),
     (dict(LAYOUT="G S=0"), "LAYOUT", "block 0"),
@@ -584,7 +598,7 @@ def test_an_impossible_value_names_itself(env, name, expected):
     assert found == env.get(name, found) or float(found) == float(env[name]) or env[name] == "nan"
 
 
-@pytest.mark.parametrize("every", ["TRAIN_LOG_EVERY", "VAL_LOSS_EVERY", "CHECKPOINT_EVERY"])
+@pytest.mark.parametrize("every", ["TRAIN_LOG_EVERY", "VAL_LOSS_EVERY"])
 def test_an_interval_is_not_negative(every):
     with pytest.raises(ValueError, match=every + "=-1"):
         Hyperparameters.from_env({every: "-1"})
@@ -596,20 +610,48 @@ def test_an_interval_is_not_negative(every):
     dict(NGRAM_VOCAB_SIZE="2"), dict(MATRIX_BITS="2"), dict(MATRIX_BITS="8"), dict(EMA_DECAY="0"),
     dict(MIN_LR="1"), dict(VOCAB_SIZE="65536"), dict(GPTQ_RESERVE_SECONDS="0"),
     dict(MAX_WALLCLOCK_SECONDS="0"), dict(MAX_WALLCLOCK_SECONDS="inf"),
-    dict(MAX_WALLCLOCK_SECONDS="-1", GPTQ_RESERVE_SECONDS="99"),
+    dict(MAX_WALLCLOCK_SECONDS="0", GPTQ_RESERVE_SECONDS="99"), dict(EVAL_SECONDS="0"), dict(ENABLE_LOOPING_AT="1"),
+    dict(GPTQ_PHASES="2"), dict(LOOP_BITS="8"), dict(ATTN_GATE_DIMS="512"), dict(CURRICULUM=""),
 ], ids=lambda env: ",".join(f"{k}={v}" for k, v in env.items()))
 def test_the_border_of_what_is_possible_is_possible(env):
     hp = Hyperparameters.from_env(env)
-    assert all(getattr(hp, name.lower()) == float(value) for name, value in env.items())
+    assert all(getattr(hp, name.lower()) == (float(value) if value else value) for name, value in env.items())
 
 
 @pytest.mark.parametrize("layout, expected", [
-    ("G", [("G", 0)]),
-    ("A2", [("A", 0), ("A", 1)]),
-    ("G2 S G1 S=2", [("G", 0), ("G", 1), ("S", 2), ("G", 3), ("S", 2)]),
-    ("S S2=0", [("S", 0), ("S", 0), ("S", 0)]),
-    ("  A \n S  ", [("A", 0), ("S", 1)]),
-    ("G10 G=9", [*(("G", i) for i in range(10)), ("G", 9)]),
+    ("G", [("G", 0, "")]),
+    ("A2", [("A", 0, ""), ("A", 1, "")]),
+    ("G2 S G1 S=2", [("G", 0, ""), ("G", 1, ""), ("S", 2, ""), ("G", 3, ""), ("S", 2, "=")]),
+    ("S S2=0", [("S", 0, ""), ("S", 0, "="), ("S", 0, "=")]),
+    ("  A \n S  ", [("A", 0, ""), ("S", 1, "")]),
+    ("G10 G=9", [*(("G", i, "") for i in range(10)), ("G", 9, "=")]),
+    ("G G~0 g2~0 s S=4", [("G", 0, ""), ("G", 0, "~"), ("g", 0, "~"), ("g", 0, "~"), ("s", 4, ""), ("S", 4, "=")]),
 ])
 def test_layouts_written_out(layout, expected):
-    assert parse_layout(layout) == expected
+    assert parse_layout(layout) == (expected, list(range(len(expected))))
+
+
+@pytest.mark.parametrize("layout, kinds, order", [
+    ("(A)x2", "A", [0, 0]),
+    ("A (A g)x3 A", "AAgA", [0, 1, 2, 1, 2, 1, 2, 3]),
+    ("A2(S2)x2G", "AASSG", [0, 1, 2, 3, 2, 3, 4]),
+    ("A3 (A3)x3 A5", "A" * 11, [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]),
+    ("G (S)x9", "GS", [0, *[1] * 9]),
+])
+def test_the_order_of_passes_written_out(layout, kinds, order):
+    assert parse_layout(layout) == ([(kind, i, "") for i, kind in enumerate(kinds)], order)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("", [(0.0, 3, 64)]), ("0:3x64", [(0.0, 3, 64)]),
+    ("0:1x16 0.25:2x32 .5:3x64", [(0, 1, 16), (0.25, 2, 32), (0.5, 3, 64)]),
+    *((bad, None) for bad in ("0.1:3x64", "0:4x64", "0:0x64", "0:3x48", "0:3x128", "0:3x0", "3x64", "0:3", "0:-1x64",
+                              "0:1x16,0.5:3x64", "0:1x16 0.5:2x32 0.25:3x64", "0:1x16 1.5:2x32", "0:1x16 0.5:2x32x")),
+])
+def test_stages(tiny, text, expected):
+    hp = tiny(train_batch_tokens=3 * 64, grad_accum_steps=3, curriculum=text)
+    if expected is None:
+        with pytest.raises(ValueError, match=f"^CURRICULUM='{re.escape(text)}': .*TRAIN_SEQ_LEN=64"):
+            train_gpt.stages(hp)
+    else:
+        assert train_gpt.stages(hp) == expected

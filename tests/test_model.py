@@ -276,7 +276,7 @@ def slow_model(model, hp, document):
         previous = torch.cat((torch.zeros_like(x[:1]), x[:-1]))
         x = x + f64(model.smear_lambda) * gate[:, None] * previous
     x = x0 = rms(x)
-    for block, (kind, _) in zip(model.blocks, parse_layout(hp.layout), strict=True):
+    for block, (kind, *_) in zip(model.blocks, parse_layout(hp.layout)[0], strict=True):
         x = f64(block.resid_mix[0]) * x + f64(block.resid_mix[1]) * x0
         if kind == "G":
             y = slow_delta_net(block.mixer, rms(x), hp)
@@ -480,12 +480,17 @@ def test_every_parameter_learns_within_two_steps(tiny, layout):
     ("G S=0", None), ("G2 S G2 S=2", [("G", 0), ("G", 1), ("S", 2), ("G", 3), ("G", 4), ("S", 2)]),
     ("G5 S G5 S=5", [*(("G", i) for i in range(5)), ("S", 5), *(("G", i) for i in range(6, 11)), ("S", 5)]),
     ("A G A2=0", [("A", 0), ("G", 1), ("A", 0), ("A", 0)]), ("  G   S ", [("G", 0), ("S", 1)]),
-    *((bad, None) for bad in ("", "   ", "X", "g", "G0", "G-1", "G=", "G=x", "GS", "5G", "S=0", "S=1 S",
-                              "G S=5", "S G A=0", "S S=0 S=1", "S G00", "G999999999")),
+    ("g", [("g", 0)]), ("g a s=0", None), ("S s=0 G g=2", [("S", 0), ("s", 0), ("G", 2), ("g", 2)]),
+    *((bad, None) for bad in ("", "   ", "X", "x", "G0", "G-1", "G=", "G=x", "GS", "5G", "S=0", "S=1 S",
+                              "G S=5", "S G A=0", "S S=0 S=1", "S G00", "G999999999", "Gg", "G~", "G~0", "G S~0",
+                              "G G~=0", "G G=~0", "S S~0 S~1", "S S~0 S=1", "()x2", "( )x2", "(G)", "(G)x1", "(G)x0",
+                              "(G)x10", "(G x2", "G)x2", "((G)x2)x2", "(G)x2 (S)x2", "(G)*2")),
 ])
 def test_parse_layout(layout, blocks):
     if blocks is None:
         with pytest.raises(ValueError, match="LAYOUT="):
             parse_layout(layout)
     else:
-        assert parse_layout(layout) == blocks
+        shared = ["" if owner == i else "=" for i, (_, owner) in enumerate(blocks)]
+        assert parse_layout(layout) == ([(*block, how) for block, how in zip(blocks, shared, strict=True)],
+                                        list(range(len(blocks))))
