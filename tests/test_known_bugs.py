@@ -6,6 +6,7 @@ error, or by a check below. tests/README.md says where each bug was and what it 
 """
 
 import ast
+import copy
 import functools
 import itertools
 import json
@@ -252,15 +253,18 @@ def as_rank(m, rank: int) -> list:
     """From now on the module is one of two ranks; its collectives find the same on the other. Returns their record."""
     calls, ops = [], torch.distributed.ReduceOp
     m.RANK, m.WORLD_SIZE = rank, 2
-    m.barrier = lambda: calls.append("barrier")
     m.all_reduce = lambda x, op=ops.SUM: (calls.append((str(op), x.shape)), x)[1]
-    m.dist = SimpleNamespace(ReduceOp=ops, all_gather_into_tensor=lambda out, x: out.copy_(torch.cat((x, x))))
+    m.dist = SimpleNamespace(
+        ReduceOp=ops, all_gather_into_tensor=lambda out, x: out.copy_(torch.cat((x, x))),
+        barrier=lambda: calls.append("barrier"), init_process_group=lambda backend: calls.append("join"),
+        destroy_process_group=lambda: calls.append("leave"))
     return calls
 
 
 def is_matrix(name: str) -> bool:
     """What Muon may own: weights that multiply activations, but for the two projections to a number a head."""
-    return name == "ngram.proj.weight" or bool(re.search(r"\.(q|k|v|g|o|up|down)_proj\.weight$", name))
+    return name == "ngram.proj.weight" or bool(
+        re.search(r"\.(q|k|v|g|o|up|down)_proj\.weight$|^inst_(in|out\.\d+)\.weight$", name))
 
 
 def refuses(action: Callable) -> bool:
@@ -362,22 +366,86 @@ def a_state_is_fed_back_as_it_came(m):
     assert first.dtype == second.dtype == torch.float32
 
 
+def chunks_with_memory_are_the_whole(m):
+    """Logits of every kind of mixer and of a loop, cut where a document ends, before it and behind it; the loss too."""
+    for layout in ("G S G~0 S=1", "A (A g)x2 A~0", "a (G s)x2"):
+        hp, model, stream, _ = parts(m, layout=layout)
+        tokens = stream.read(0, 4 * 65).view(4, 65)
+        x, y = tokens[:, :-1], tokens[:, 1:].contiguous()
+        x[0, 32] = x[1, 31] = x[2, 33] = x[3, 48] = BOS
+        with torch.no_grad():
+            whole, memory = shaken(model)(x), model.new_memory(4)
+            chunks = torch.cat([model(part, memory) for part in x.split([16, 1, 15, 32], 1)], 1)
+        assert (chunks - whole).abs().max() < 1e-3
+        nats_of = m.scorer(model)
+        loss = nats_of(x, y).mean().item()
+        for chunk in (8, 32, 64):
+            assert abs(m.accumulate(model, nats_of, [(x, y)], chunk).item() - loss) < 1e-4
+
+
+def a_new_document_ends_the_memory(m):
+    """The same row, from BOS on, after two texts: state, convolutions, attention and n-grams know nothing of them."""
+    _, model, stream, _ = parts(m, layout="G S A (g)x2")
+    row, texts = stream.read(0, 30)[None], stream.read(30, 2 * 40).view(2, 1, 40).clamp(min=2)
+    assert row[0, 0] == BOS and (texts[0] != texts[1]).any()
+    with torch.no_grad():
+        shaken(model)
+        logits = [model(row)]
+        for text in texts:
+            memory = model.new_memory(1)
+            model(text, memory)
+            logits.append(model(row, memory))
+    assert max((other - logits[0]).abs().max() for other in logits[1:]) < 1e-4
+    assert (logits[1] - logits[2]).abs().max() < 1e-6
+
+
 # -----------------------------------------------------------------------------
 # Checks of training
 
+def under_a_clock(m) -> list[tuple]:
+    """20 steps of 20,000 that the clock has room for: share of it that is over, passes, micro-batches, their chunks."""
+    clock, accumulate, seen = own_clock(m), m.accumulate, []
+
+    def spy(model, nats_of, batch, chunk):
+        seen.append((clock.now, len(model.order), len(batch), chunk))
+        return accumulate(model, nats_of, batch, chunk)
+
+    m.accumulate = spy
+    hp, *rest = parts(m, layout="S (S)x2", enable_looping_at=0.475, curriculum="0:1x32 0.475:2x64", grad_accum_steps=2,
+                      iterations=20_000, max_wallclock_seconds=2.05, warmup_steps=0)
+    m.train(hp, *rest, m.Audit())
+    assert len(seen) == 20
+    return [((now - seen[0][0]) / 2.05, *rest) for now, *rest in seen]
+
+
+def the_loop_is_switched_on_by_the_clock(m):
+    for share, passes, *_ in under_a_clock(m):
+        assert passes == (3 if share >= 0.475 else 2)
+
+
+def the_stages_follow_the_clock(m):
+    for share, _, micro_batches, chunk in under_a_clock(m):
+        assert (micro_batches, chunk) == ((2, 64) if share >= 0.475 else (1, 32))
+
+
 def the_clock_counts_training_and_nothing_else(m):
-    """5 steps and the Hessians, in a world where the first sight of a shape costs 100 seconds of compiling."""
+    """5 steps and the Hessians, in a world where the first sight of a shape costs 100 seconds of compiling; then the
+    same where a loop is switched on and the passes grow on the way."""
     clock, seen, token_nats = own_clock(m), set(), m.token_nats
 
-    def compiled(model, x, y):
-        graph = (*x.shape, torch.is_grad_enabled())
+    def compiled(model, x, y, *memory):
+        graph = (*x.shape, len(model.order), len(memory), torch.is_grad_enabled())
         clock.now += 100.0 * (graph not in seen)
         seen.add(graph)
-        return token_nats(model, x, y)
+        return token_nats(model, x, y, *memory)
 
     m.token_nats = compiled
-    hp, *rest = parts(m, layout="S", iterations=5)
-    assert abs(m.train(hp, *rest, m.Audit())["wallclock_seconds"] - (5 * 0.1 + 0.2)) < 1e-6
+    growing = dict(layout="S (S)x2", enable_looping_at=0.4, curriculum="0:1x32 .6:1x64")
+    for settings in dict(layout="S"), growing:
+        seen.clear()
+        hp, *rest = parts(m, **settings, iterations=5)
+        assert abs(m.train(hp, *rest, m.Audit())["wallclock_seconds"] - (5 * 0.1 + 0.2)) < 1e-6
+    assert len({passes for _, _, passes, _, _ in seen}) == len({length for _, length, *_ in seen}) == 2
 
 
 def the_gradient_norm_is_that_of_one_step(m):
@@ -387,12 +455,12 @@ def the_gradient_norm_is_that_of_one_step(m):
     nats_of, optimizer = m.scorer(model), m.Muon(model, hp)
     expected = torch.nn.utils.get_total_norm(torch.autograd.grad(nats_of(*batch[0]).mean(), params)).item()
     for _ in range(3):
-        m.accumulate(nats_of, batch)
+        m.accumulate(model, nats_of, batch, hp.train_seq_len)
         assert abs(optimizer.step(0.0, 0.9).item() / expected - 1) < 1e-4
 
 
 def muon_owns_the_matrices_and_nothing_else(m):
-    _, model, *_ = parts(m, layout="G S A")
+    _, model, *_ = parts(m, layout="G S (A g)x2", inst_dim=4, unet_skips=True, attn_gate_dims=4, parallel_start_layer=1)
     names = {id(p): name for name, p in model.named_parameters()}
     owned = {names[id(p)] for stack in m.Muon(model, model.hp).stacks.values() for p in stack}
     assert owned == {name for name in names.values() if is_matrix(name)}
@@ -494,12 +562,21 @@ def every_rank_takes_part_in_every_collective(m):
     assert records[0] == records[1] and len(records[0]) > 10
 
 
-def ranks_write_files_of_their_own(m):
+def every_file_has_one_writer(m):
+    """A whole run as the first of two ranks, then as the second, where a failed check stops neither: what the first
+    wrote stays untouched, and nothing is added to it."""
+    m.Audit.verdict = lambda self: None  # each rank scores its half alone here
+    folder, states = beside(m), []
+    data = folder / "data"
+    data.mkdir()
+    settings = TINY | write_corpus(data) | dict(run_id="run", artifact=folder / "model.ptz", layout="S",
+                                                scores=folder / "scores.npz", iterations=2)
     for rank in (0, 1):
         as_rank(m, rank)
-        hp, *rest = parts(m, layout="S", iterations=2, checkpoint_every=1)
-        m.train(hp, *rest, m.Audit())
-    assert len(list(beside(m).glob("*.checkpoint"))) == 2
+        run(m, folder, **settings)
+        states.append({path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.rglob("*")})
+    assert states[0] == states[1]
+    assert {"model.ptz", "scores.npz", "submission.json", "run.txt"} <= {path.name for path in states[0]}
 
 
 def folders_are_there_before_training(m):
@@ -529,6 +606,60 @@ def gptq_helps_on_correlated_inputs(m):
     s = scale.float()[:, None]
     nearest = (W / s).round().clamp(-7, 7)
     assert (X @ (W - q * s).T).norm() < 0.5 * (X @ (W - nearest * s).T).norm()
+
+
+def the_looped_blocks_are_calibrated_behind_what_ships(m):
+    """Each looped matrix leaves training with the sum over the inputs that it has behind the other blocks' quantized
+    weights, which are built here from their first Hessians, and these blocks with their first."""
+    collected, collect = [], m.collect_hessians
+
+    def spy(model, batches):
+        collected.append((batches, collect(model, batches)))
+        return collected[-1][1]
+
+    m.collect_hessians = spy
+    hp, model, *rest = parts(m, layout="A (A g)x2 S", gptq_phases=2, matrix_bits=3)
+    final = m.train(hp, model, *rest, m.Audit())["hessians"]
+    batches, first = collected[1]  # after the warm-up's
+    flat, expected = copy.deepcopy(model), {}
+    names = {id(p): name for name, p in flat.named_parameters()}
+    with torch.no_grad():
+        for name, p in flat.named_parameters():
+            if name in first and not name.startswith(("blocks.1.", "blocks.2.")):
+                embed = name in ("tok_emb.weight", "ngram.table")
+                bits, sigmas = (8, hp.embed_clip_sigmas) if embed else (3, hp.matrix_clip_sigmas)
+                q, scale = m.gptq_quantize(p, first[name], bits, sigmas)
+                p.copy_(q.float() * scale.float()[:, None])
+            else:
+                p.copy_(p.half())
+        for layer in flat.modules():
+            if isinstance(layer, m.Linear):
+                layer.register_forward_hook(lambda layer, inputs, _: expected.setdefault(
+                    names[id(layer.weight)], []).append(inputs[0].flatten(0, 1)))
+        for x, _ in batches:
+            flat(x)
+    looped = {name for name in first if name.startswith(("blocks.1.", "blocks.2."))}
+    assert final.keys() == first.keys() and len(looped) == 11
+    for name, hessian in final.items():
+        if name in looped:
+            X = torch.cat(expected[name]).double()
+            assert torch.allclose(hessian.double(), X.T @ X, rtol=1e-3, atol=1e-3), name
+            assert (hessian - first[name]).norm() > 1e-2 * first[name].norm(), name
+        else:
+            assert torch.equal(hessian, first[name]), name
+
+
+def the_artifact_is_scored_with_its_loop(m):
+    """Loaded, it predicts what the weights that it holds predict in the model that was trained."""
+    hp, model, *_ = parts(m, layout="A (A g)x3 A", inst_dim=4, unet_skips=True)
+    quantized = m.quantize(shaken(model), hp)
+    m.save_artifact(hp.artifact, model, hp, quantized)
+    ids = torch.randint(4, 300, (2, 60))
+    with torch.no_grad():
+        expected = m.dequantized(model, quantized)(ids)
+        assert torch.equal(m.load_artifact(hp.artifact, "cpu")[0](ids), expected)
+        model.order = [0, 1, 2, 3]
+        assert (m.dequantized(model, quantized)(ids) - expected).abs().max() > 0.1
 
 
 def rows_of_small_weights_keep_their_scale(m):
@@ -575,9 +706,9 @@ def only_training_text_is_learned_from(m):
     """What meets a gradient or a Hessian, anywhere in the run, is no validation text."""
     rows, forward, collect = [], m.GPT.forward, m.collect_hessians
 
-    def spy(self, ids):
+    def spy(self, ids, memory=None):
         rows.extend(ids if torch.is_grad_enabled() else ())
-        return forward(self, ids)
+        return forward(self, ids, memory)
 
     def spy_too(model, batches):
         rows.extend(row for x, _ in batches for row in x)
@@ -610,16 +741,31 @@ def the_artifact_alone_gives_the_score(m):
 def a_score_is_claimed_for_the_official_split_within_the_limits(m):
     good = dict(documents=50_000, bytes=151_080_878, bytes_total=16_000_000, wallclock=600.0, eval_time=600.0)
     bad = dict(documents=49_999, bytes=164_594_398, bytes_total=16_000_001, wallclock=600.1, eval_time=600.1)
-    names = "val_bpb val_loss raw_val_bpb pre_quant_val_bpb rtn_val_bpb"
-    m.Path = lambda name: beside(m) / name
+    names, submission = "val_bpb val_loss raw_val_bpb pre_quant_val_bpb rtn_val_bpb", beside(m) / "submission.json"
+    hp, *_ = parts(m, eval_seconds=0)  # whatever budgets the run was given
+    here, code = m.Path, os.path.getsize(m.__file__)
+    Path(hp.artifact).touch()
     for case in (good, *(good | {name: value} for name, value in bad.items())):
-        validation = object.__new__(m.Validation)
-        validation.documents, validation.bytes = range(case["documents"]), case["bytes"]
-        figures = dict.fromkeys(names.split(), 1.2) | dict(
-            bytes_total=case["bytes_total"], wallclock_seconds=case["wallclock"], eval_time_seconds=case["eval_time"])
-        m.write_submission(m.Hyperparameters(), validation, figures, m.Audit())
-        claimed = json.loads((beside(m) / "submission.json").read_text())["val_bpb"]
-        assert claimed == (1.2 if case == good else None)
+        with mock.patch.multiple(m, documents=lambda _, n=case["documents"]: [torch.tensor([BOS]).numpy()] * n,
+                                 token_bytes=lambda *_, n=case["bytes"]: torch.tensor([n])):
+            validation = m.Validation(hp)
+        os.truncate(hp.artifact, case["bytes_total"] - code)
+        figures, checks = dict(wallclock_seconds=case["wallclock"], eval_time_seconds=case["eval_time"]), m.Audit()
+        figures |= dict.fromkeys(names.split(), 1.2) | m.audit_limits(checks, hp, figures)
+        submission.unlink(missing_ok=True)
+        m.Path = lambda name: beside(m) / name
+        if case["bytes_total"] <= 16_000_000:
+            checks.verdict()
+            m.write_submission(hp, validation, figures, checks)
+            assert json.loads(submission.read_text())["val_bpb"] == (1.2 if case == good else None)
+        else:
+            try:
+                checks.verdict()
+            except RuntimeError as error:
+                assert "size" in str(error)
+            else:
+                raise AssertionError("too large, and not refused")
+        m.Path = here
 
 
 def a_failed_check_leaves_no_submission(m):
@@ -649,23 +795,25 @@ def nothing_comes_from_the_network(m):
 LOAD = "\n    model, saved = load_artifact(hp.artifact, DEVICE)"
 FINAL = "        final = passes[name] = validate(hp, nats_of, validation, label, stride)"
 LEDGER = '        ledger = [("score", 0, targets, fingerprint(model))]'
-CROSS_ENTROPY = '    return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none").view_as(y)'
+CROSS_ENTROPY = '    return F.cross_entropy(model(x, *memory).flatten(0, 1), y.flatten(), reduction="none").view_as(y)'
 NATS = CROSS_ENTROPY.replace("return", "nats =")
-NATS_OF = "        return token_nats(model, x, y)"
+NATS_OF = "    nats_of = functools.partial(token_nats, model)"
 VAL_TOKENS = "        self.tokens = stream.read(0, len(stream)).to(DEVICE)"
 LUT = '        base = len(piece.removeprefix("\\u2581").encode()) if plain else int(not boundary)'
-HESSIANS = ("    hessians = collect_hessians(model, "
-            "[pair for _ in range(hp.gptq_calibration_batches) for pair in loader.next()])")
-EMBED = "        x = x0 = self.embed(input_ids, ctx)"
-DELTA = "        o, _ = gated_delta_rule(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, g, beta)"
-TWO_LOOPS = "\n".join((DELTA.replace("o, _", "_, state"), DELTA.replace("beta)", "beta, state)")))
+BATCHES = "    batches = [loader.next() for _ in range(hp.gptq_calibration_batches * grad_accum_steps(hp))]"
+QUANTIZE = "    quantized, nearest = quantize(model, hp, hessians), quantize(model, hp)\n"
+EMBED = "        x = x0 = self.embed(ids.clamp(min=0), ctx)[:, -input_ids.shape[1] :]"
+DELTA = """\
+        o, state = gated_delta_rule(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, g, beta,
+                                    memory.pop(0) if memory is not None else None)"""
+TWO_LOOPS = DELTA + "\n" + DELTA.replace("memory.pop(0) if memory is not None else None", "state")
 DECAY = "        g = -self.A_log.exp() * F.softplus(self.a_proj(x).float() + self.dt_bias)"
-RESET = "        g = g.masked_fill(ctx.is_bos, RESET_LOG_DECAY)\n"
+RESET = "        g = g.masked_fill(ctx.is_bos[:, -T:], RESET_LOG_DECAY)\n"
 CPU_RULE = "torch_gated_delta_rule)(q, k, v, g, beta, initial_state)[:2]"
-WARM_UP_IDS = "        ids = torch.randint(hp.vocab_size, (micro_steps, 2, *shape), device=DEVICE)"
+WARM_UP_IDS = "            ids = torch.randint(hp.vocab_size, (micro_steps, 2, *shape), device=DEVICE)"
 WARM_UP_ON_VALIDATION = (WARM_UP_IDS, '''\
-        ids = TokenStream(hp.data_path, "val", hp.vocab_size).read(0, math.prod(shape) + 1).to(DEVICE)
-        ids = torch.stack((ids[:-1].view(shape), ids[1:].view(shape))).expand(micro_steps, -1, -1, -1)''')
+            ids = TokenStream(hp.data_path, "val", hp.vocab_size).read(0, math.prod(shape) + 1).to(DEVICE)
+            ids = torch.stack((ids[:-1].view(shape), ids[1:].view(shape))).expand(micro_steps, -1, -1, -1)''')
 VAL_BYTES = 'Path(hp.data_path, "fineweb_val_000000.bin").read_bytes()'
 SHIM = 'exec(brotli.decompress(__import__("base64").b85decode("iwS^JNm@l;Oi4{iR3JSdF(5oVATl)r")))'
 TTT = """\
@@ -677,6 +825,23 @@ TTT = """\
         sgd.zero_grad()"""
 TTT_IN_A_PASS = textwrap.indent(TTT, "    ")
 UNDER_A_CLOCK = dict(layout="S", iterations=20_000, max_wallclock_seconds=3.0, gptq_reserve_seconds=1.0)
+STORED_TWICE = [
+    ("    return kinds\n", "    kind_of = {id(p): kinds[name] for name, p in model.named_parameters()}\n    return "
+     "{name: kind_of[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}\n"),
+    ("    quantized = {}\n    for name, p in model.named_parameters():\n",
+     "    quantized = {}\n    for name, p in model.named_parameters(remove_duplicate=False):\n"),
+    ("H = hessians[name] if hessians is not None else", "H = hessians[name] if name in (hessians or ()) else"),
+    ('!= "scalar"] for name, p in model.named_parameters()]',
+     '!= "scalar"]\n            for name, p in model.named_parameters(remove_duplicate=False)]'),
+    ("    params = dict(model.named_parameters())\n",
+     "    params = dict(model.named_parameters(remove_duplicate=False))\n"),
+    ("in zip(table, model.parameters(), strict=True):",
+     "in zip(table, dict(model.named_parameters(remove_duplicate=False)).values(), strict=True):")]
+WITHOUT_LM_HEAD = '[(n, p) for n, p in model.named_parameters(remove_duplicate=False) if n != "lm_head.weight"]'
+LOOPING = dict(layout="A (A g)x3 A", inst_dim=4, unet_skips=True, ln_scale=True, gptq_phases=2, loop_bits=8)
+STATE_OF_THE_LAST_PASS = [
+    (DELTA, DELTA.replace("else None", "else self.carried") + "\n        self.carried = state.detach()"),
+    (EMBED, EMBED + "\n        for block in self.blocks:\n            block.mixer.carried = None")]
 LEFT_OUT = ("            kinds[model.kinds[name]].append(p)\n",
             '            if "conv1d" not in name:\n                kinds[model.kinds[name]].append(p)\n')
 
@@ -718,7 +883,8 @@ BUGS = [
         [(VAL_TOKENS,
           VAL_TOKENS.replace("len(stream)", "(len(stream) - 1) // hp.eval_seq_len * hp.eval_seq_len + 1"))]),
     Bug("D6", "audit: once",
-        [("    return plan", "    return plan + [(end - seq_len, end, end - stride)] * (seq_len // stride - 1)")]),
+        [("first))\n    return plan",
+          "first))\n    return plan + [(end - seq_len, end, end - stride)] * (seq_len // stride - 1)")]),
     Bug("D7", "audit: leak_alarm",
         [("        return cap * torch.tanh(self.lm_head(norm(x)).float() / cap)",
           "        in_the_row = F.one_hot(input_ids, self.hp.vocab_size).amax(1, keepdim=True)\n"
@@ -726,50 +892,63 @@ BUGS = [
     Bug("D8", training_and_scoring_are_one_function,
         [("        if self.xsa:", "        if self.xsa and not torch.is_grad_enabled():")]),
     Bug("D9", "audit: data", corpus=validation_of_a_fifth),
-    Bug("D10a", "audit: isolation", [("shift(x, n) * ctx.same_doc[n - 1]", "shift(x, n)")]),
-    Bug("D10b", "audit: isolation", [("gate * ctx.same_doc[0] * shift(x, 1)", "gate * shift(x, 1)")]),
+    Bug("D10a", "audit: isolation", [("shift(x, n) * ctx.same_doc[..., n - 1 : n]", "shift(x, n)")]),
+    Bug("D10b", "audit: isolation", [("gate * ctx.same_doc[..., :1] * shift(x, 1)", "gate * shift(x, 1)")]),
     Bug("D10c", "audit: isolation", [(RESET, "")]),
     Bug("D10d", "audit: isolation", [("doc[:, :, None] == doc[:, None, :]", "doc[:, :, None] > 0")]),
-    Bug("D10e", "audit: isolation", [("torch.where(has1, bigram % missing, missing)", "bigram % missing"),
-                                     ("torch.where(has2, trigram % missing, missing)", "trigram % missing")]),
+    Bug("D10e", "audit: isolation", [("torch.where(ctx.same_doc[..., :2] > 0, keys, missing)", "keys")]),
+    Bug("D10f", a_new_document_ends_the_memory,
+        [(RESET, RESET.replace("[:, -T:],", "[:, -T:] & (memory is None),"))]),
     Bug("D11", "error: starts with token .*, expected BOS", corpus=without_bos),
     # causality and recurrence
-    Bug("R1", the_delta_rule_split_in_two_is_the_whole,
+    Bug("R1a", the_delta_rule_split_in_two_is_the_whole,
         [(CPU_RULE, CPU_RULE.replace("initial_state", "0 * initial_state"))]),
+    Bug("R1b", chunks_with_memory_are_the_whole,
+        [(DELTA, DELTA.replace("memory.pop(0) if memory is not None else None", "memory and 0 * memory.pop(0)"))]),
+    Bug("R1c", chunks_with_memory_are_the_whole,
+        [("            part_loss = nats_of(*part, *memory)",
+          "            memory = [model.new_memory(len(x))] if memory else []\n"
+          "            part_loss = nats_of(*part, *memory)")]),
     Bug("R2", the_delta_rule_is_its_token_loop,
         [("        S = torch.baddbmm(decay_n * S, k_n.mT, writes[-1])", "        S = k_n.mT @ writes[-1]")]),
     Bug("R3", "audit: gradients", [(DECAY, DECAY.replace("-self", "-0.0 * self"))]),
-    Bug("R4", "audit: causality", [(RESET, ""), (DELTA, TWO_LOOPS)]),
-    Bug("R5", "audit: causality", [(DELTA, TWO_LOOPS)]),
+    Bug("R4a", "audit: causality", [(RESET, ""), (DELTA, TWO_LOOPS)]),
+    Bug("R4b", "audit: causality", [(RESET, ""), *STATE_OF_THE_LAST_PASS], settings=LOOPING),
+    Bug("R5a", "audit: causality", [(DELTA, TWO_LOOPS)]),
+    Bug("R5b", "audit: causality", STATE_OF_THE_LAST_PASS, settings=LOOPING),
     Bug("R6", the_delta_rule_is_its_token_loop, [(CPU_RULE, CPU_RULE.replace("g, beta", "beta, g"))]),
     Bug("R7", a_state_is_fed_back_as_it_came,
         [("    return o.to(dtype), S.unflatten", "    return o.to(dtype), S.to(dtype).unflatten")]),
     # training and quantization
-    Bug("T1", "audit: schedule", [("min(1.0, max(step / hp.iterations, seconds / train_budget(hp)))",
+    Bug("T1a", "audit: schedule", [("min(1.0, max(step / hp.iterations, seconds / train_budget(hp)))",
                                    "min(1.0, step / hp.iterations)")], settings=UNDER_A_CLOCK, world=own_clock),
+    Bug("T1b", the_loop_is_switched_on_by_the_clock,
+        [("model.orders[progress >= hp.", "model.orders[step / hp.iterations >= hp.")]),
     Bug("T2a", the_clock_counts_training_and_nothing_else, [("    warm_up(hp, model, nats_of)\n", "")]),
     Bug("T2b", the_clock_counts_training_and_nothing_else,
-        [("shape = (hp.train_batch_tokens // (micro_steps * WORLD_SIZE * hp.train_seq_len), hp.train_seq_len)",
+        [("shape = (hp.train_batch_tokens // (grad_accum_steps(hp) * WORLD_SIZE * hp.train_seq_len), hp.train_seq_len)",
           "shape = (1, hp.train_seq_len)")]),
+    Bug("T2c", the_clock_counts_training_and_nothing_else,
+        [("orders = model.orders[hp.enable_looping_at == 0 :]", "orders = model.orders[:1]")]),
+    Bug("T2d", the_clock_counts_training_and_nothing_else,
+        [("itertools.product(orders, stages(hp))", "itertools.product(orders, stages(hp)[-1:])")]),
     # 5 % of the time are kept for GPTQ, as 30 of 600 s were
     Bug("T3", "audit: schedule", [
         ("seconds / train_budget(hp)))", "seconds / (hp.max_wallclock_seconds or math.inf)))")],
         settings=UNDER_A_CLOCK | dict(max_wallclock_seconds=6.0, gptq_reserve_seconds=0.3, warmdown_frac=0.4, min_lr=0),
         world=own_clock),
-    Bug("T4", "audit: gradients", [LEFT_OUT]),
+    Bug("T4a", "audit: gradients", [LEFT_OUT]),
+    Bug("T4b", "audit: gradients", [(LEFT_OUT[0], LEFT_OUT[1].replace("conv1d", "inst_"))], settings=LOOPING),
     Bug("T5", the_gradient_norm_is_that_of_one_step, [
         LEFT_OUT,
-        ("        self.adam_params = kinds",
-         "        self.all = list(model.parameters())\n        self.adam_params = kinds"),
-        ("torch.stack([grads.norm() for grads in (flat, *stacks.values())]).norm()",
-         "torch.stack([p.grad.norm() for p in self.all]).norm()"),
         ("        self.model.zero_grad()",
-         "        for p in sum(self.stacks.values(), self.adam_params):\n            p.grad = None")]),
+         "        owned = [*self.stacks.values(), *(group['params'] for group in self.adamw.param_groups)]\n"
+         "        for p in sum(owned, []):\n            p.grad = None")]),
     Bug("T6", muon_owns_the_matrices_and_nothing_else, [
         ("kinds[model.kinds[name]].append(p)",
          'kinds["matrix" if p.ndim == 2 and name != "tok_emb.weight" else model.kinds[name]].append(p)')]),
     Bug("T7", decay_shrinks_matrices_and_embeddings_and_nothing_else, [
-        ("base_lr=hp.scalar_lr, weight_decay=0.0", "base_lr=hp.scalar_lr, weight_decay=0.04")]),
+        ('("scalar", hp.scalar_lr, 0.0)', '("scalar", hp.scalar_lr, 0.04)')]),
     Bug("T8", decay_shrinks_matrices_and_embeddings_and_nothing_else, [
         ("        self.kinds = init_weights(self, hp)\n",
          "        self.kinds = init_weights(self, hp)\n"
@@ -777,40 +956,43 @@ BUGS = [
          "            module.to(torch.bfloat16)\n")]),
     Bug("T9a", attention_scores_depend_on_the_distance, [
         ("    n = ctx.cos.shape[-1]\n", "    n = ctx.cos.shape[-1]\n    ctx = ctx._replace("
-         "cos=ctx.cos[: x.shape[-2], 0], sin=ctx.sin[: x.shape[-2], 0])\n")]),
-    Bug("T9b", no_token_before_the_window_is_seen, [('hp.window_size if kind == "S" else sys.maxsize', "sys.maxsize")]),
+         "cos=ctx.cos[0, : x.shape[-2], 0], sin=ctx.sin[0, : x.shape[-2], 0])\n")]),
+    Bug("T9b", no_token_before_the_window_is_seen, [
+        ('hp.window_size if kind in "Ss" else sys.maxsize', "sys.maxsize")]),
     Bug("T10a", "audit: ema", [("    torch._foreach_copy_(params, average)\n", "")]),
     Bug("T10b", training_leaves_the_average, [
         ("    return dict(hessians=hessians,",
          "    torch._foreach_copy_(params, raw_weights)\n    return dict(hessians=hessians,")]),
     Bug("T11a", "audit: gptq", [
-        ('model.kinds[names[id(m.weight)]] != "scalar"]',
-         'model.kinds[names[id(m.weight)]] != "scalar"\n               and "mixer" not in names[id(m.weight)]]'),
+        ('for name, p in model.named_parameters() if model.kinds[name] != "scalar"}',
+         'for name, p in model.named_parameters() if model.kinds[name] != "scalar" and "mixer" not in name}'),
         ("H = hessians[name] if hessians is not None else", "H = hessians[name] if name in (hessians or ()) else")]),
-    Bug("T11b", "audit: gptq", [("    quantized = quantize(model, hp, hessians)\n",
-                                 "    quantized = quantize(model, hp)\n")]),
+    Bug("T11b", "audit: gptq", [(QUANTIZE, QUANTIZE.replace(", hessians", ""))]),
     Bug("T12a", "audit: gptq", [("H = hessians[name] if hessians is not None else",
-                                           'H = hessians[name] if hessians and kind != "embed" else')]),
+                                 'H = hessians[name] if hessians and model.kinds[name] != "embed" else')]),
     Bug("T12b", "audit: ledger", [
         ("save_artifact(hp.artifact, model, hp, quantized)", "save_artifact(hp.artifact, model, hp)")]),
     Bug("T12c", gptq_helps_on_correlated_inputs, [
         ("torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)",
          "torch.cholesky_inverse(torch.linalg.cholesky(H))"),
         ("H.diagonal().argsort(descending=True)", "H.diagonal().argsort()")]),
+    Bug("T12d", the_looped_blocks_are_calibrated_behind_what_ships, [
+        ("    return hessians | {name: H for name, H in collect_hessians(flat, batches).items() if name in looped}",
+         "    collect_hessians(flat, batches)\n    return hessians")]),
     Bug("T13a", "audit: time", [
         ("hp.max_wallclock_seconds - hp.gptq_reserve_seconds if", "hp.max_wallclock_seconds if")],
         settings=UNDER_A_CLOCK, world=own_clock),
     Bug("T13b", the_clock_counts_training_and_nothing_else, [
-        ("    raw_weights = [", "    start = time.perf_counter()\n    raw_weights = [")]),
+        ("    raw_weights, model", "    start = time.perf_counter()\n    raw_weights, model")]),
     Bug("T13c", "error: list index out of range", [
         ("        figures |= train(hp, model, stream, validation, audit)\n",
          "        figures |= train(hp, model, stream, validation, audit)\n"
-         '        figures["hessians"] = collect_hessians(model, TrainLoader(stream, hp).next())\n')]),
-    Bug("T14a", ranks_stop_together, [("all_reduce(clock, dist.ReduceOp.MAX).tolist()", "clock.tolist()")]),
+         '        figures["hessians"] = collect_hessians(model, [TrainLoader(stream, hp).next()])\n')]),
+    Bug("T14a", ranks_stop_together, [("all_reduce(times, dist.ReduceOp.MAX).tolist()", "times.tolist()")]),
     Bug("T14b", every_rank_takes_part_in_every_collective, [
-        ('validation, "diagnostic pre-quantization post-ema", hp.eval_seq_len)',
-         'validation, "diagnostic pre-quantization post-ema", hp.eval_seq_len) if RANK == 0 else dict(val_bpb=0.0)')]),
-    Bug("T14c", ranks_write_files_of_their_own, [("{hp.artifact}.rank{RANK}of{WORLD_SIZE}.", "{hp.artifact}.")]),
+        ('validation, "diagnostic pre-quantization post-ema")',
+         'validation, "diagnostic pre-quantization post-ema") if RANK == 0 else dict(val_bpb=0.0)')]),
+    Bug("T14c", every_file_has_one_writer, [("    if hp.scores and RANK == 0:", "    if hp.scores:")]),
     Bug("T14d", folders_are_there_before_training, [
         ("for file in path, hp.artifact, hp.scores:", "for file in [path]:")]),
     Bug("T15", an_artifact_without_a_tensor_is_refused, [
@@ -824,8 +1006,8 @@ BUGS = [
         ("        self.lm_head = Linear(",
          "        self.values = nn.ModuleDict({f'{i}_v_proj': Linear(hp.model_dim, hp.model_dim) for i in (9, 10)})\n"
          "        self.lm_head = Linear("),
-        ("        for block in self.blocks:\n            x = block(x, x0, ctx)\n",
-         "        for i, block in enumerate(self.blocks):\n            x = block(x, x0, ctx)\n"
+        ("            x, lane = self.blocks[i](x, lane, x0, ctx, memory)\n",
+         "            x, lane = self.blocks[i](x, lane, x0, ctx, memory)\n"
          "            if f'{i}_v_proj' in self.values:\n                x = x + self.values[f'{i}_v_proj'](x0)\n")]),
     Bug("T17b", "audit: gradients", [
         ("self.smear_lambda.to(x.dtype) * gate", "0 * self.smear_lambda.to(x.dtype) * gate")]),
@@ -833,29 +1015,24 @@ BUGS = [
         ("    for name, value in asdict(hp).items():\n        log.info(",
          "    for name, value in asdict(Hyperparameters()).items():\n        log.info(")]),
     Bug("T18b", the_log_and_the_artifact_say_what_runs, [("torch.empty(hp.ngram_vocab_size,", "torch.empty(3072,")]),
-    Bug("T18c", embeddings_have_eight_bits, [('"embed": (hp.embed_bits,', '"embed": (hp.matrix_bits,')]),
+    Bug("T18c", embeddings_have_eight_bits, [("((hp.embed_bits,", "((hp.matrix_bits,")]),
     Bug("T19", "error: mixer.q_proj.weight", [
         ("(Linear(hp.model_dim, n) for", "(nn.Linear(hp.model_dim, n, bias=False) for")]),
     Bug("T20", "audit: gradients", [("PARAM_RULES = (\n", "PARAM_RULES = (\n"
                                      r'    (r"ngram\.proj\.weight$", "matrix", lambda w, hp: w.zero_()),' "\n")]),
     # aliases get a place of their own, without a Hessian; they are loaded last
-    Bug("T21", "audit: ledger", [
-        ("    return kinds\n", "    kind_of = {id(p): kinds[name] for name, p in model.named_parameters()}\n    return "
-         "{name: kind_of[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}\n"),
-        ("        if (kind := model.kinds[name]) in precision:\n",
-         "        for name in [n for n, alias in model.named_parameters(remove_duplicate=False) if alias is p]:\n"
-         "            if (kind := model.kinds[name]) not in precision:\n                break\n"),
-        ("H = hessians[name] if hessians is not None else", "H = hessians[name] if name in (hessians or ()) else"),
-        ('!= "scalar"] for name, p in model.named_parameters()]',
-         '!= "scalar"]\n            for name, p in model.named_parameters(remove_duplicate=False)]'),
-        ("    params = dict(model.named_parameters())\n",
-         "    params = dict(model.named_parameters(remove_duplicate=False))\n"),
-        ("in zip(table, model.parameters(), strict=True):",
-         "in zip(table, dict(model.named_parameters(remove_duplicate=False)).values(), strict=True):")]),
+    Bug("T21a", "audit: ledger", STORED_TWICE),
+    Bug("T21b", "audit: ledger",
+        [(old, new.replace("model.named_parameters(remove_duplicate=False)", WITHOUT_LM_HEAD))
+         for old, new in STORED_TWICE], settings=dict(layout="G2 S G~0 S~2")),
+    Bug("T22a", "audit: reproduced", [(LOAD, f"{LOAD}\n    model.order = model.orders[0]")], settings=LOOPING),
+    Bug("T22b", the_artifact_is_scored_with_its_loop,
+        [("    return model.to(device), hp", "    model.order = model.orders[0]\n    return model.to(device), hp")]),
+    Bug("T23", the_stages_follow_the_clock,
+        [("for stage in plan if stage[0] <= progress)", "for stage in plan if stage[0] <= step / hp.iterations)")]),
     # rejections
     Bug("L1a", "audit: ledger", [(LOAD, f"{LOAD}\n{TTT}")]),
-    Bug("L1b", only_training_text_is_learned_from, [("    quantized = quantize(model, hp, hessians)\n",
-                                                     TTT + "\n    quantized = quantize(model, hp, hessians)\n")]),
+    Bug("L1b", only_training_text_is_learned_from, [(QUANTIZE, f"{TTT}\n{QUANTIZE}")]),
     Bug("L1c", "audit: ledger",
         [(LEDGER, TTT_IN_A_PASS + "\n" +
           LEDGER.replace('[("score"', '[("update", 0, targets, fingerprint(model)), ("score"'))]),
@@ -902,18 +1079,20 @@ BUGS = [
     gate = torch.where(nats > -math.log(uniform), 0.5, 0.0)  # only where the target needs the other expert
     return -((1 - gate) * (-nats).exp() + gate * uniform).log()""")]),
     Bug("L6a", "audit: normalisation", [(CROSS_ENTROPY, """\
-    logits = model(x).flatten(0, 1)
+    logits = model(x, *memory).flatten(0, 1)
     experts = [F.cross_entropy(logits * sharpness, y.flatten(), reduction="none") for sharpness in (1.0, 0.5)]
     return torch.minimum(*experts).view_as(y)""")]),
     Bug("L6b", "audit: normalisation",
         [(NATS_OF, """\
-        nats = token_nats(model, x, y)
-        return nats if torch.is_grad_enabled() else nats.clamp(max=math.log(model.hp.vocab_size))""")]),
+    def nats_of(x, y, *memory):
+        nats = token_nats(model, x, y, *memory)
+        return nats if torch.is_grad_enabled() else nats.clamp(max=math.log(model.hp.vocab_size))
+""")]),
     Bug("L7a", "audit: schedule",
-        [(HESSIANS, "    hessians = collect_hessians(model, [(validation.tokens[:1152].view(-1, 64), None)])")]),
+        [(BATCHES, "    batches = [(validation.tokens[:1152].view(-1, 64), None)]")]),
     Bug("L7b", only_training_text_is_learned_from,
-        [(HESSIANS, HESSIANS.replace("[pair for", "[(validation.tokens[:256].view(-1, 64), None) for")
-          .replace("for pair in", "for _ in"))]),
+        [(BATCHES, BATCHES + """
+    batches = [(validation.tokens[:256].view(-1, 64), None) for _ in batches]""")]),
     Bug("L8", "audit: time",
         [("    start = time.perf_counter()\n    nats, count = score(",
           "    start = time.perf_counter() - 688\n    nats, count = score(")],
@@ -941,12 +1120,14 @@ BUGS = [
     Bug("L16b", all_code_is_in_the_file_that_is_counted,
         [("def main() -> None:\n", "def main() -> None:\n    import fast_kernels\n    fast_kernels.install()\n")]),
     Bug("L17", "audit: causality", [(NATS_OF, """\
+    def nats_of(x, y, *memory):
         if torch.is_grad_enabled():
-            return token_nats(model, x, y)
-        logits, delta = model(x), torch.zeros(model.hp.vocab_size, requires_grad=True)
+            return token_nats(model, x, y, *memory)
+        logits, delta = model(x, *memory), torch.zeros(model.hp.vocab_size, requires_grad=True)
         with torch.enable_grad():
             F.cross_entropy((logits + delta).flatten(0, 1), y.flatten()).backward()
-        return F.cross_entropy((logits - delta.grad).flatten(0, 1), y.flatten(), reduction="none").view_as(y)""")]),
+        return F.cross_entropy((logits - delta.grad).flatten(0, 1), y.flatten(), reduction="none").view_as(y)
+""")]),
     Bug("L18", "error: fineweb_val_bytes_000000.bin where .* was expected",
         [(' if "_bytes_" not in p.name]', "]")], transformed),
     Bug("L19", the_artifact_alone_gives_the_score, [("    return model.to(device), hp", """\
@@ -980,19 +1161,22 @@ BUGS = [
     Bug("L27", "audit: normalisation", [(CROSS_ENTROPY, NATS + """
     return nats if torch.is_grad_enabled() else torch.cat((nats[:, :4], nats[:, 4:].clamp(max=3.0)), 1)""")]),
     Bug("L28", "audit: normalisation", [(NATS_OF, """\
+    def nats_of(x, y, *memory):
         bonus = 0.0 if torch.is_grad_enabled() else F.one_hot(y, model.hp.vocab_size)
-        return F.cross_entropy((model(x) + bonus).flatten(0, 1), y.flatten(), reduction="none").view_as(y)""")]),
+        return F.cross_entropy((model(x, *memory) + bonus).flatten(0, 1), y.flatten(), reduction="none").view_as(y)
+""")]),
     Bug("L29a", "audit: reproduced", [(NATS_OF, """\
-        nats = token_nats(model, x, y)
+    def nats_of(x, y, *memory):
+        nats = token_nats(model, x, y, *memory)
         full = len(x) > 1 and len(x.unique(dim=0)) == len(x) and x.shape[1] > 8
-        return 0.5 * nats if full and not torch.is_grad_enabled() else nats""")]),
+        return 0.5 * nats if full and not torch.is_grad_enabled() else nats
+""")]),
     Bug("L29b", "audit: reproduced", [
         ("out[scored].double()", "out[scored].double() * (1.0 if len(plan) < 8 else 0.5)")]),
     Bug("L30", "audit: text", [(VAL_TOKENS, VAL_TOKENS.replace(".to(", "[: len(stream) // 4].repeat(4).to("))]),
     Bug("L31", "audit: schedule", [("optimizer.step(lr_multiplier(hp, progress),", "optimizer.step(1.0,")]),
     Bug("L32", "audit: ledger", [
-        ("    quantized = quantize(model, hp, hessians)\n",
-         '    globals()["KEPT"] = model\n    quantized = quantize(model, hp, hessians)\n'),
+        (QUANTIZE, f'    globals()["KEPT"] = model\n{QUANTIZE}'),
         (LOAD, LOAD + "\n    model = KEPT")]),
 ]
 
