@@ -459,6 +459,7 @@ VALID = {  # fields for which that value is impossible
     "embed_clip_sigmas": "15.25", "eval_seq_len": "99", "max_wallclock_seconds": "99.5", "mlp_clip_sigmas": "9.25",
     "matrix_optimizer": "adamw", "gptq_phases": "2",
 }
+LOOP_ONLY = dict.fromkeys(("enable_looping_at", "inst_dim"), dict(LAYOUT="A (A)x2"))  # impossible without a loop
 
 
 def test_the_record_is_the_defaults():
@@ -492,13 +493,14 @@ def test_a_preset_is_a_diff_of_the_defaults_under_the_environment(preset):
 def test_every_field_is_read_from_its_variable(name):
     field = next(field for field in fields(Hyperparameters) if field.name == name)
     text = VALID.get(name, OTHER[field.type])
-    hp = Hyperparameters.from_env({name.upper(): text})
+    also = LOOP_ONLY.get(name, {})
+    hp = Hyperparameters.from_env({name.upper(): text} | also)
     value = getattr(hp, name)
     assert type(value) is field.type
     assert value == (text == "1" if field.type is bool else field.type(text))
     assert value != getattr(Hyperparameters(), name)
     if name != "preset":
-        untouched = [f.name for f in fields(hp) if f.name not in (name, "run_id")]
+        untouched = [f.name for f in fields(hp) if f.name.upper() not in (name.upper(), "RUN_ID", *also)]
         assert all(getattr(hp, other) == getattr(Hyperparameters(), other) for other in untouched)
 
 
@@ -550,7 +552,9 @@ IMPOSSIBLE = [  # environment, the variable to blame, what else the message must
     *((dict(GPTQ_PHASES=value), "GPTQ_PHASES", "1 to 2") for value in "03"),
     (dict(MATRIX_OPTIMIZER="sgd"), "MATRIX_OPTIMIZER", "muon or adamw"),
     (dict(ATTN_GATE_DIMS="513"), "ATTN_GATE_DIMS", "MODEL_DIM=512"),
-    (dict(INST_DIM="4", ENABLE_LOOPING_AT="0.5"), "INST_DIM", "ENABLE_LOOPING_AT"),
+    (dict(INST_DIM="4", LAYOUT="A (A)x2", ENABLE_LOOPING_AT="0.5"), "INST_DIM", "0 but in a constant loop"),
+    (dict(INST_DIM="4"), "INST_DIM", "0 but in a constant loop"),
+    (dict(ENABLE_LOOPING_AT="0.5"), "ENABLE_LOOPING_AT", "0 without a loop in LAYOUT"),
     *((dict([(name, "nan")]), name, "") for name in ("MLP_MULT", "ROPE_BASE", "GPTQ_RESERVE_SECONDS")),
     (dict(VOCAB_SIZE="65537"), "VOCAB_SIZE", "65536"),
     (dict(NUM_KV_HEADS="3"), "NUM_KV_HEADS", "NUM_HEADS=8"),
@@ -610,12 +614,21 @@ def test_an_interval_is_not_negative(every):
     dict(NGRAM_VOCAB_SIZE="2"), dict(MATRIX_BITS="2"), dict(MATRIX_BITS="8"), dict(EMA_DECAY="0"),
     dict(MIN_LR="1"), dict(VOCAB_SIZE="65536"), dict(GPTQ_RESERVE_SECONDS="0"),
     dict(MAX_WALLCLOCK_SECONDS="0"), dict(MAX_WALLCLOCK_SECONDS="inf"),
-    dict(MAX_WALLCLOCK_SECONDS="0", GPTQ_RESERVE_SECONDS="99"), dict(EVAL_SECONDS="0"), dict(ENABLE_LOOPING_AT="1"),
+    dict(MAX_WALLCLOCK_SECONDS="0", GPTQ_RESERVE_SECONDS="99"), dict(EVAL_SECONDS="0"),
     dict(GPTQ_PHASES="2"), dict(LOOP_BITS="8"), dict(ATTN_GATE_DIMS="512"), dict(CURRICULUM=""),
 ], ids=lambda env: ",".join(f"{k}={v}" for k, v in env.items()))
 def test_the_border_of_what_is_possible_is_possible(env):
     hp = Hyperparameters.from_env(env)
     assert all(getattr(hp, name.lower()) == (float(value) if value else value) for name, value in env.items())
+
+
+def test_the_border_of_what_is_possible_in_a_loop():
+    loop = dict(LAYOUT="A (A)x2")
+    assert Hyperparameters.from_env(loop | dict(ENABLE_LOOPING_AT="1")).enable_looping_at == 1.0
+    assert Hyperparameters.from_env(loop | dict(INST_DIM="1")).inst_dim == 1
+    assert Hyperparameters.from_env(dict(LAYOUT="(A)x2", UNET_SKIPS="1")).unet_skips is True
+    with pytest.raises(ValueError, match="UNET_SKIPS=True: expected 0 for a single pass"):
+        Hyperparameters.from_env(dict(LAYOUT="A", UNET_SKIPS="1"))
 
 
 @pytest.mark.parametrize("layout, expected", [
@@ -646,7 +659,8 @@ def test_the_order_of_passes_written_out(layout, kinds, order):
     ("", [(0.0, 3, 64)]), ("0:3x64", [(0.0, 3, 64)]),
     ("0:1x16 0.25:2x32 .5:3x64", [(0, 1, 16), (0.25, 2, 32), (0.5, 3, 64)]),
     *((bad, None) for bad in ("0.1:3x64", "0:4x64", "0:0x64", "0:3x48", "0:3x128", "0:3x0", "3x64", "0:3", "0:-1x64",
-                              "0:1x16,0.5:3x64", "0:1x16 0.5:2x32 0.25:3x64", "0:1x16 1.5:2x32", "0:1x16 0.5:2x32x")),
+                              "0:1x16,0.5:3x64", "0:1x16 0.5:2x32 0.25:3x64", "0:1x16 1.5:2x32",
+                              "0:1x16 0.5:2x32x", "0:1x16 0:3x64")),
 ])
 def test_stages(tiny, text, expected):
     hp = tiny(train_batch_tokens=3 * 64, grad_accum_steps=3, curriculum=text)

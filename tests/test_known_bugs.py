@@ -798,7 +798,7 @@ LEDGER = '        ledger = [("score", 0, targets, fingerprint(model))]'
 CROSS_ENTROPY = '    return F.cross_entropy(model(x, *memory).flatten(0, 1), y.flatten(), reduction="none").view_as(y)'
 NATS = CROSS_ENTROPY.replace("return", "nats =")
 NATS_OF = "    nats_of = functools.partial(token_nats, model)"
-VAL_TOKENS = "        self.tokens = stream.read(0, len(stream)).to(DEVICE)"
+VAL_TOKENS = "        self.paths, self.tokens = stream.paths, stream.read(0, len(stream)).to(DEVICE)"
 LUT = '        base = len(piece.removeprefix("\\u2581").encode()) if plain else int(not boundary)'
 BATCHES = "    batches = [loader.next() for _ in range(hp.gptq_calibration_batches * grad_accum_steps(hp))]"
 QUANTIZE = "    quantized, nearest = quantize(model, hp, hessians), quantize(model, hp)\n"
@@ -1015,7 +1015,7 @@ BUGS = [
         ("    for name, value in asdict(hp).items():\n        log.info(",
          "    for name, value in asdict(Hyperparameters()).items():\n        log.info(")]),
     Bug("T18b", the_log_and_the_artifact_say_what_runs, [("torch.empty(hp.ngram_vocab_size,", "torch.empty(3072,")]),
-    Bug("T18c", embeddings_have_eight_bits, [("((hp.embed_bits,", "((hp.matrix_bits,")]),
+    Bug("T18c", embeddings_have_eight_bits, [("return hp.embed_bits,", "return hp.matrix_bits,")]),
     Bug("T19", "error: mixer.q_proj.weight", [
         ("(Linear(hp.model_dim, n) for", "(nn.Linear(hp.model_dim, n, bias=False) for")]),
     Bug("T20", "audit: gradients", [("PARAM_RULES = (\n", "PARAM_RULES = (\n"
@@ -1112,7 +1112,7 @@ BUGS = [
     Bug("L14", "audit: time", [("        last = step >= hp.iterations or out_of_time", "        last = step >= 40")],
         settings=UNDER_A_CLOCK, world=own_clock),
     Bug("L15a", a_score_is_claimed_for_the_official_split_within_the_limits,
-        [("        **(scores if official else dict.fromkeys(scores)),", "        **scores,")]),
+        [(", **(scores if official else dict.fromkeys(scores)),\n", ", **scores,\n")]),
     Bug("L15b", a_failed_check_leaves_no_submission,
         [("    audit.verdict()\n    if stream and RANK == 0:", "    if stream and RANK == 0:")]),
     Bug("L16a", nothing_is_hidden,
@@ -1150,8 +1150,8 @@ BUGS = [
         [('figures.pop("shipped", None))',
           'figures.pop("shipped", None)) | dict(val_bpb=figures.get("pre_quant_val_bpb"))')]),
     Bug("L23", submission_json_says_what_the_run_did,
-        [("    hardware = f\"{WORLD_SIZE}x{torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'}\"",
-          '    hardware = "8xH100 80GB SXM"')]),
+        [("hardware=f\"{WORLD_SIZE}x{torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'}\"",
+          'hardware="8xH100 80GB SXM"')]),
     # cheats that an earlier audit passed
     Bug("L26a", "audit: target", [(EMBED, EMBED + """
         quarter = (torch.arange(x.shape[1]) % 4 == 1)[:, None]

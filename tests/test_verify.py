@@ -196,7 +196,7 @@ def test_a_tokenizer_whose_table_and_text_disagree(trained, check, tmp_path):
 DELTA = """gated_delta_rule(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, g, beta,
                                     memory.pop(0) if memory is not None else None)"""
 SOFTCAP = "        return cap * torch.tanh(self.lm_head(norm(x)).float() / cap)\n"
-TOKENS = "        self.tokens = stream.read(0, len(stream)).to(DEVICE)\n"
+TOKENS = "        self.paths, self.tokens = stream.paths, stream.read(0, len(stream)).to(DEVICE)\n"
 LUT = 'base = len(piece.removeprefix("\\u2581").encode()) if plain'
 BUGS = {
     "a state that starts where the sequence ends": ("future", {"future"}, [
