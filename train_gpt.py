@@ -847,9 +847,8 @@ class Muon:
     Matrices of a shape are stacked; each rank orthogonalises its share of the stack and the updates are gathered."""
     def __init__(self, model: nn.Module, hp: Hyperparameters):
         self.model, self.hp, self.lr_multiplier = model, hp, 0.0  # the last one used
-        kinds: dict[str, list[Tensor]] = {"matrix": [], "embed": [], "scalar": []}
-        for name, p in model.named_parameters():
-            kinds[model.kinds[name]].append(p)
+        kinds = {kind: [p for name, p in model.named_parameters() if model.kinds[name] == kind]
+                 for kind in ("matrix", "embed", "scalar")}
         recipes = ("embed", hp.tied_embed_lr, hp.embed_wd), ("scalar", hp.scalar_lr, 0.0)
         if hp.matrix_optimizer == "adamw":
             recipes += (("matrix", hp.matrix_lr, hp.muon_wd),)
@@ -900,8 +899,8 @@ class Muon:
 
     def reached(self) -> int:
         """How many parameters a gradient has ever reached: those whose momentum is not zero."""
-        matrices = [buffer.flatten(1).any(1).sum() for buffer in self.momentum.values()]
-        matrices = all_reduce(torch.tensor(sum(matrices), device=DEVICE)).item()
+        matrices = sum(buffer.flatten(1).any(1).sum().item() for buffer in self.momentum.values())
+        matrices = all_reduce(torch.tensor(matrices, device=DEVICE)).item()
         return matrices + sum(state["exp_avg"].any().item() for state in self.adamw.state.values())
 
 # --- 8. GPTQ ---------------------------------------------------------------------------------------------------------
@@ -920,11 +919,10 @@ def collect_hessians(model: GPT, batches: list[tuple[Tensor, Tensor]]) -> dict[s
     with torch.no_grad(), nn.modules.module.register_module_forward_hook(hook):
         for x, _ in batches:
             model(x)
-    for hessian in hessians.values():
-        all_reduce(hessian)
+    hessians = {name: all_reduce(hessian) for name, hessian in hessians.items()}
     if model.ngram is not None:
         hessians["ngram.table"] = model.ngram.proj.weight.detach().mT @ model.ngram.proj.weight.detach()
-    return dict(hessians)
+    return hessians
 
 def gptq_quantize(W: Tensor, H: Tensor, bits: int, clip_sigmas: float) -> tuple[Tensor, Tensor]:
     """GPTQ (arXiv:2210.17323) with activation order; scale of a row = clip_sigmas * std / qmax (SDClip).
@@ -1142,8 +1140,7 @@ class Validation:
 class Audit:
     """Named checks with their figures; `at` is the time in seconds since the process began."""
     def __init__(self):
-        self.checks: dict[str, dict] = {}
-        self.start = time.perf_counter()
+        self.checks, self.start = {}, time.perf_counter()
 
     def check(self, name: str, passed, **figures) -> None:
         """One log line. What fails on one rank fails on all."""
@@ -1312,7 +1309,8 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
     optimizer, params = Muon(model, hp), [p.detach() for p in model.parameters()]
     average = [p.clone() for p in params]  # exponential moving average of the weights, float32
     step, seconds, tokens = 0, 0.0, 0
-    log.info(f"gptq:reserving {hp.gptq_reserve_seconds:g}s, effective={1000 * train_budget(hp):.0f}ms")
+    effective = max(0.0, hp.max_wallclock_seconds - hp.gptq_reserve_seconds)
+    log.info(f"gptq:reserving {hp.gptq_reserve_seconds:g}s, effective={1000 * effective:.0f}ms")
     recent = collections.deque(maxlen=10)  # seconds of the last steps: the next one must fit into the budget
     start = time.perf_counter()  # moved forward by what does not count; every step ends in sync with the GPU
     loader, plan = TrainLoader(stream, hp), stages(hp)
@@ -1369,7 +1367,8 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
     audit.check("schedule", lr <= lr_multiplier(hp, 1 - 2 / max(step, 1)) + 0.05 and tokens == loader.position,
                 lr_multiplier_at_stop=lr, tokens_read=loader.position, of_them_needed=tokens)
     distance = torch.stack(torch._foreach_norm(torch._foreach_sub(params, raw_weights))).norm().item()
-    audit.check("ema", (distance > 0) == (hp.ema_decay > 0), distance=distance)
+    too_late = progress < hp.ema_start + 1 / max(step, 1)
+    audit.check("ema", (distance > 0) == (hp.ema_decay > 0) or too_late, distance=distance)
     dead = len(params) - optimizer.reached()
     audit.check("gradients", dead == 0 or step < 2, parameters=len(params), never_reached=dead)
     return dict(hessians=hessians, step_stop=step, wallclock_seconds=total, last_read_seconds=last_read,
@@ -1477,6 +1476,7 @@ def main() -> None:
         for name in names[names.index("layout") : names.index("logit_softcap") + 1]:
             hp.require(name, getattr(hp, name) == getattr(saved, name), f"{getattr(saved, name)}, as the artifact says")
     else:
+        stages(hp)  # refused before the data are read
         model, stream = GPT(hp).to(DEVICE), TokenStream(hp.data_path, "train", hp.vocab_size)
     validation, figures = Validation(hp), {}
     log_setup(hp, model, validation)

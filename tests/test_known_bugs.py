@@ -842,8 +842,8 @@ LOOPING = dict(layout="A (A g)x3 A", inst_dim=4, unet_skips=True, ln_scale=True,
 STATE_OF_THE_LAST_PASS = [
     (DELTA, DELTA.replace("else None", "else self.carried") + "\n        self.carried = state.detach()"),
     (EMBED, EMBED + "\n        for block in self.blocks:\n            block.mixer.carried = None")]
-LEFT_OUT = ("            kinds[model.kinds[name]].append(p)\n",
-            '            if "conv1d" not in name:\n                kinds[model.kinds[name]].append(p)\n')
+OWNED = "for name, p in model.named_parameters() if model.kinds[name] == kind]"
+LEFT_OUT = (OWNED, OWNED[:-1] + ' and "conv1d" not in name]')
 
 BUGS = [
     # byte accounting
@@ -945,8 +945,8 @@ BUGS = [
          "        owned = [*self.stacks.values(), *(group['params'] for group in self.adamw.param_groups)]\n"
          "        for p in sum(owned, []):\n            p.grad = None")]),
     Bug("T6", muon_owns_the_matrices_and_nothing_else, [
-        ("kinds[model.kinds[name]].append(p)",
-         'kinds["matrix" if p.ndim == 2 and name != "tok_emb.weight" else model.kinds[name]].append(p)')]),
+        (OWNED, OWNED.replace(
+            "model.kinds[name] ==", '("matrix" if p.ndim == 2 and name != "tok_emb.weight" else model.kinds[name]) =='))]),
     Bug("T7", decay_shrinks_matrices_and_embeddings_and_nothing_else, [
         ('("scalar", hp.scalar_lr, 0.0)', '("scalar", hp.scalar_lr, 0.04)')]),
     Bug("T8", decay_shrinks_matrices_and_embeddings_and_nothing_else, [

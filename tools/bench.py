@@ -147,7 +147,7 @@ def toy(preset: str, target: int, tokens: int) -> tuple[dict, int]:
     def build(width: int) -> t.Hyperparameters:
         return t.Hyperparameters(**({"preset": preset} | ours | settings | dict(model_dim=width)))
 
-    width = min(range(48, 385, 8), key=lambda width: abs(parameters(build(width)) - target))
+    width = min(range(48, 385, 4), key=lambda width: abs(parameters(build(width)) - target))
     plan = t.stages(build(width))
     ends = [start for start, _, _ in plan[1:]] + [1.0]
     share = sum((end - start) * micro for end, (start, micro, _) in zip(ends, plan, strict=True))
@@ -203,7 +203,8 @@ def bench_throughput(args) -> None:
     shape = (micro_steps, 2, hp.train_batch_tokens // (micro_steps * hp.train_seq_len), hp.train_seq_len)
 
     def step():
-        t.accumulate(nats_of, [(x, y) for x, y in torch.randint(hp.vocab_size, shape, device=t.DEVICE)])
+        batch = [(x, y) for x, y in torch.randint(hp.vocab_size, shape, device=t.DEVICE)]
+        t.accumulate(model, nats_of, batch, hp.train_seq_len)
         optimizer.step(1.0, hp.muon_momentum)
 
     took = median_seconds([step], args.runs)[0]
