@@ -945,8 +945,8 @@ BUGS = [
          "        owned = [*self.stacks.values(), *(group['params'] for group in self.adamw.param_groups)]\n"
          "        for p in sum(owned, []):\n            p.grad = None")]),
     Bug("T6", muon_owns_the_matrices_and_nothing_else, [
-        (OWNED, OWNED.replace(
-            "model.kinds[name] ==", '("matrix" if p.ndim == 2 and name != "tok_emb.weight" else model.kinds[name]) =='))]),
+        (OWNED, OWNED.replace("model.kinds[name]", '("matrix" if p.ndim == 2 and "tok" not in name else '
+                              "model.kinds[name])"))]),
     Bug("T7", decay_shrinks_matrices_and_embeddings_and_nothing_else, [
         ('("scalar", hp.scalar_lr, 0.0)', '("scalar", hp.scalar_lr, 0.04)')]),
     Bug("T8", decay_shrinks_matrices_and_embeddings_and_nothing_else, [
