@@ -129,7 +129,7 @@ PUBLISHED = dict(record="33,862,953", transformer="35,945,671", baseline="17,059
                  pure_gdn="not stated", crawler="14,487,088")
 TOY = dict(
     vocab_size=1024, data_path="./data/datasets/demo", tokenizer_path="./data/tokenizers/demo_1024_bpe.model",
-    train_batch_tokens=1536, train_seq_len=512, eval_seq_len=512, eval_stride=64, val_batch_size=4096, gdn_heads=2,
+    train_batch_tokens=1536, train_seq_len=512, eval_seq_len=512, eval_stride=256, val_batch_size=4096, gdn_heads=2,
     gdn_head_dim=64, num_heads=2, num_kv_heads=1, max_wallclock_seconds=0.0, eval_seconds=0.0, warmup_steps=1,
     ema_decay=0.95, gptq_calibration_batches=16, matrix_clip_sigmas=6.0, mlp_clip_sigmas=6.0, embed_clip_sigmas=12.0,
 )
@@ -141,7 +141,7 @@ def toy(preset: str, target: int, tokens: int) -> tuple[dict, int]:
     ours = t.PRESETS[preset]
     settings = TOY | dict(grad_accum_steps=3 if ours.get("curriculum") else 1,
                           window_size=min(256, ours.get("window_size", 512)))
-    if ours.get("ngram_vocab_size", 1):
+    if ours.get("ngram_vocab_size"):
         settings |= dict(ngram_vocab_size=1024, ngram_dim=64)
 
     def build(width: int) -> t.Hyperparameters:
@@ -224,7 +224,7 @@ def main() -> None:
     for bench in (bench_delta, bench_size, bench_throughput, bench_presets):
         what.add_argument(f"--{bench.__name__[6:]}", dest="bench", action="store_const", const=bench)
     parser.add_argument("--runs", type=int, default=10, help="timed runs, after 3 of warm-up")
-    parser.add_argument("--tokens", type=int, default=768_000, help="that each toy is trained on")
+    parser.add_argument("--tokens", type=int, default=614_400, help="that each toy is trained on")
     parser.add_argument("--seeds", type=int, default=3, help="of record, transformer and baseline; the others have one")
     args = parser.parse_args()
     args.bench(args)
