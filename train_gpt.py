@@ -731,7 +731,7 @@ class GPT(nn.Module):
                     setattr(mixers[-1], name, getattr(mixers[owner], name))
         self.blocks = nn.ModuleList(Block(hp, mixer, i, layout[i][0].isupper()) for i, mixer in enumerate(mixers))
         self.reach = max(3, *(mixer.reach for mixer in mixers))
-        if hp.inst_dim and looped:
+        if hp.inst_dim:
             self.inst_in = Linear(hp.model_dim, hp.inst_dim)
             self.inst_out = nn.ModuleList(Linear(hp.inst_dim, hp.model_dim) for i in self.order if i == self.loop_start)
         if hp.unet_skips:
@@ -768,7 +768,7 @@ class GPT(nn.Module):
         lane, skips, half, loop = None, [], len(self.order) // 2, 0
         for step, i in enumerate(self.order):
             if lane is None and self.blocks[i].lanes is not None:
-                lane = x
+                lane = x  # skips go to the first lane only
             if skips and step >= half:
                 weight, gate = self.skips[:, step - half].to(x.dtype)
                 x = torch.lerp(weight * skips.pop(), x, gate.sigmoid())
