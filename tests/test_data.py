@@ -455,9 +455,9 @@ OTHER = {bool: "1", int: "7", float: "0.015625", str: "some text"}  # a value of
 VALID = {  # fields for which that value is impossible
     "preset": "demo", "layout": "A3 S", "compressor": "zstd", "xsa": "0", "vocab_size": "60000",
     "model_dim": "96", "num_heads": "12", "num_kv_heads": "2", "head_dim": "48", "rope_dims": "32",
-    "mlp_mult": "2.5", "rope_base": "500.5", "logit_softcap": "15.5", "matrix_clip_sigmas": "9.75",
+    "mlp_mult": "2.25", "rope_base": "500.5", "logit_softcap": "15.5", "matrix_clip_sigmas": "9.75",
     "embed_clip_sigmas": "15.25", "eval_seq_len": "99", "max_wallclock_seconds": "99.5", "mlp_clip_sigmas": "9.25",
-    "matrix_optimizer": "adamw", "gptq_phases": "2",
+    "matrix_optimizer": "adamw", "gptq_phases": "2", "embed_bits": "5",
 }
 LOOP_ONLY = dict.fromkeys(("enable_looping_at", "inst_dim"), dict(LAYOUT="A (A)x2"))  # impossible without a loop
 

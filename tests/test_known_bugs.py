@@ -618,7 +618,7 @@ def the_looped_blocks_are_calibrated_behind_what_ships(m):
         return collected[-1][1]
 
     m.collect_hessians = spy
-    hp, model, *rest = parts(m, layout="A (A g)x2 S", gptq_phases=2, matrix_bits=3)
+    hp, model, *rest = parts(m, layout="A (A g)x2 S", gptq_phases=2, matrix_bits=3, embed_bits=8)
     final = m.train(hp, model, *rest, m.Audit())["hessians"]
     batches, first = collected[1]  # after the warm-up's
     flat, expected = copy.deepcopy(model), {}
@@ -693,7 +693,7 @@ def the_log_and_the_artifact_say_what_runs(m):
 
 def embeddings_have_eight_bits(m):
     """At 3 sigmas some weights of a normal table lie at the end of the scale: 127, which 6 bits do not reach."""
-    hp, model, *_ = parts(m, embed_clip_sigmas=3.0)
+    hp, model, *_ = parts(m, embed_bits=8, embed_clip_sigmas=3.0)
     ends = {name: q.abs().max().item() for name, (q, _) in m.quantize(shaken(model), hp).items()}
     assert ends["tok_emb.weight"] == ends["ngram.table"] == 127
     assert max(end for name, end in ends.items() if is_matrix(name)) <= 31

@@ -514,7 +514,7 @@ def test_gptq_helps_every_matrix_of_the_model(tiny, lively):
             difference = params[name].detach().double() - values.double() * scale.double()[:, None]
             errors.append(((difference @ hessians[name].double()) * difference).sum().item())
         assert errors[0] < errors[1], name
-        bits, sigmas = (8, 20.0) if name in ("tok_emb.weight", "ngram.table") else (6, 12.85)
+        bits, sigmas = (7, 15.0) if name in ("tok_emb.weight", "ngram.table") else (6, 12.85)
         qmax = 2 ** (bits - 1) - 1
         assert q.abs().max() <= qmax, name
         torch.testing.assert_close(scale.float(), sigmas * params[name].std(1) / qmax, rtol=0.05, atol=0)
