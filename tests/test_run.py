@@ -195,15 +195,15 @@ def test_two_ranks_give_the_losses_of_one(run, demo, tmp_path):
 
 
 def test_the_clock_stops_training_inside_the_budget(demo, tmp_path):
-    env = SMALL | demo | dict(RUN_ID="clock", ITERATIONS="100000", MAX_WALLCLOCK_SECONDS="10", GPTQ_RESERVE_SECONDS="2",
+    env = SMALL | demo | dict(RUN_ID="clock", ITERATIONS="100000", MAX_WALLCLOCK_SECONDS="12", GPTQ_RESERVE_SECONDS="4",
                               MIN_LR="0.1", EVAL_STRIDE="128", WARMUP_STEPS="1")
     result = launch(tmp_path, **env)
     assert result.returncode == 0, result.stderr
     log = (tmp_path / "logs" / "clock.txt").read_text()
-    assert "gptq:reserving 2s, effective=8000ms" in log
+    assert "gptq:reserving 4s, effective=8000ms" in log
     # the next step is expected to take as long as the longest of the last ten: the system may still hold it up
     assert 4000 < figure(log, r"stopping_early: wallclock_cap train_time:") <= 8400
-    assert figure(log, r"train\+hessians:") <= 10_000
+    assert figure(log, r"train\+hessians:") <= 12_000
     assert figure(log, 'lr_multiplier_at_stop": ') == pytest.approx(0.1, abs=0.05)
 
 
