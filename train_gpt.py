@@ -161,17 +161,19 @@ class Hyperparameters:
                 self.require(name, low <= getattr(self, name) <= high, f"{low} to {high}")
         self.require("num_kv_heads", self.num_heads % self.num_kv_heads == 0, f"to divide NUM_HEADS={self.num_heads}")
         self.require("rope_dims", self.rope_dims in range(0, self.head_dim + 1, 2), f"even, 0 to {self.head_dim}")
-        self.require("smear_dims", 0 <= self.smear_dims <= self.model_dim, f"0 to MODEL_DIM={self.model_dim}")
+        self.require("smear_dims", self.smear_dims <= self.model_dim, f"0 to MODEL_DIM={self.model_dim}")
         self.require("ngram_vocab_size", self.ngram_vocab_size == 0 or self.ngram_vocab_size > 1, "0 or more than 1")
         self.require("eval_stride", self.eval_stride <= self.eval_seq_len, f"at most EVAL_SEQ_LEN={self.eval_seq_len}")
-        self.require("attn_gate_dims", 0 <= self.attn_gate_dims <= self.model_dim, f"0 to MODEL_DIM={self.model_dim}")
+        self.require("attn_gate_dims", self.attn_gate_dims <= self.model_dim, f"0 to MODEL_DIM={self.model_dim}")
         self.require("compressor", self.compressor in CODECS, f"one of {', '.join(CODECS)}")
         self.require("matrix_optimizer", self.matrix_optimizer in ("muon", "adamw"), "muon or adamw")
         self.require("unet_skips", not self.unet_skips or len(order) > 1, "0 for a single pass")
         self.require("enable_looping_at", not self.enable_looping_at or loops, "0 without a loop in LAYOUT")
-        self.require("inst_dim", not self.inst_dim or loops and not self.enable_looping_at, "0 but in a constant loop")
+        self.require("inst_dim", not self.inst_dim or loops and not self.enable_looping_at, "0 without a constant loop")
+        self.require("gptq_phases", self.gptq_phases in (1, 1 + loops), "1, or 2 with a loop in LAYOUT")
+        self.require("parallel_start_layer", self.parallel_start_layer < len(set(order)), "0 or the number of a block")
         self.require("gptq_reserve_seconds", self.gptq_reserve_seconds < self.max_wallclock_seconds or
-                     self.max_wallclock_seconds <= 0, f"less than MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g}")
+                     self.max_wallclock_seconds == 0, f"less than MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g}")
 
     def require(self, name: str, ok: bool, expected: str) -> None:
         if not ok:
@@ -184,7 +186,6 @@ BOUNDS = {  # smallest and largest value allowed, where they are not 0 and infin
                    "embed_clip_sigmas train_log_every ngram_dim",
     (0, 1): "warmdown_frac min_lr ema_decay ema_start muon_momentum_warmup_frac muon_momentum beta1 beta2 "
             "enable_looping_at",
-    (1, 2): "gptq_phases",
     (2, 8): "matrix_bits loop_bits embed_bits",
     (2, 65536): "vocab_size",  # tokens are uint16
     (2, math.inf): "eval_seq_len",
@@ -248,7 +249,7 @@ PRESETS: dict[str, dict] = {
         ema_decay=0.99, ema_start=0.9, gptq_reserve_seconds=30.0, gptq_phases=2, loop_bits=8),
     "transformer": dict(  # #1787, with the SmearGate of #1855
         layout="A3 (A3)x3 A5", enable_looping_at=0.35, unet_skips=True, parallel_start_layer=8, ln_scale=True,
-        mlp_mult=4.0, attn_gate_dims=12, matrix_lr=0.026, matrix_clip_sigmas=13.0, mlp_clip_sigmas=12.0),
+        mlp_mult=4.0, attn_gate_dims=12, matrix_lr=0.026, matrix_clip_sigmas=13.0, mlp_clip_sigmas=12.5),
 }
 
 # --- 2. Device, ranks, logging ---------------------------------------------------------------------------------------
@@ -370,7 +371,7 @@ class TokenStream:
         return torch.cat(pieces)
 
 class TrainLoader:
-    """Micro-batches in stream order, one read ahead by a thread. `position` (tokens) is all there is to resume."""
+    """Micro-batches in stream order, one read ahead by a thread. position: token at which the next one begins."""
     def __init__(self, stream: TokenStream, hp: Hyperparameters, position: int = 0):
         self.stream, self.position, self.T = stream, position, hp.train_seq_len
         self.span = hp.train_batch_tokens // (grad_accum_steps(hp) * WORLD_SIZE)  # tokens of a rank's micro-batch
@@ -557,7 +558,7 @@ def recall(x: Tensor, memory: list[Tensor] | None, reach: int) -> Tensor:
     if memory is None:
         return x
     x = torch.cat((memory.pop(0), x), 1)
-    memory.append(x[:, x.shape[1] - reach :].detach())
+    memory.append(x[:, x.shape[1] - reach :].detach().contiguous())  # as laid out at first: one graph
     return x
 
 def make_context(ids: Tensor, rope_dims: int, rope_base: float, dtype: torch.dtype) -> Context:
@@ -720,7 +721,7 @@ class GPT(nn.Module):
         layout, self.order = parse_layout(hp.layout)
         self.orders = [*range(len(layout))], self.order  # of the passes, before and after ENABLE_LOOPING_AT
         looped = {i for i in self.order if self.order.count(i) > 1}
-        self.loop_start, self.looped = min(looped, default=-1), tuple(f"blocks.{i}." for i in looped)
+        self.loop_start, self.looped = min(looped, default=-1), ("inst_", *(f"blocks.{i}." for i in looped))
         mixers: list[nn.Module] = []
         for kind, owner, shared in layout:
             window = hp.window_size if kind in "Ss" else sys.maxsize
@@ -787,7 +788,7 @@ def token_nats(model: nn.Module, x: Tensor, y: Tensor, *memory) -> Tensor:
     return F.cross_entropy(model(x, *memory).flatten(0, 1), y.flatten(), reduction="none").view_as(y)
 
 # (pattern, kind, init): the first that matches a parameter's name decides its optimizer, its precision and its start.
-# matrix: Muon, GPTQ at MATRIX_BITS. embed: AdamW, GPTQ at EMBED_BITS. scalar: AdamW without decay, float16.
+# matrix: Muon (or AdamW), GPTQ at MATRIX_BITS or LOOP_BITS. embed: AdamW, GPTQ. scalar: AdamW, no decay, float16.
 PARAM_RULES = (
     (r"tok_emb\.weight$", "embed", lambda w, hp: w.normal_(std=hp.tied_embed_init_std)),
     # zero rows under a non-zero projection: an n-gram never seen adds nothing, and both factors can learn
@@ -1227,9 +1228,9 @@ def probe(audit: Audit, hp: Hyperparameters, tokens: Tensor, model: GPT, nats_of
     audit.check("target", moved <= (1e-4 if exact else 0.1), targets=n, distribution_before_it_moved_by=moved)
 
     n = min(T, 8) if exact else T  # on CUDA the shape of the final pass, already compiled
-    x = torch.cat((bos, text))[:n].expand(max(1, hp.val_batch_size // n), n)
+    x = torch.cat((bos, text))[:n].repeat(max(1, hp.val_batch_size // n), 1)
     ids = torch.arange(V, device=DEVICE).split(len(x))
-    nats = [nats_of(x, F.pad(part, (0, len(x) - len(part))).unsqueeze(1).expand_as(x))[: len(part)] for part in ids]
+    nats = [nats_of(x, F.pad(part, (0, len(x) - len(part)))[:, None].repeat(1, n))[: len(part)] for part in ids]
     total = torch.logsumexp(-torch.cat(nats).double(), 0).abs().max().item()
     audit.check("normalisation", total <= (1e-4 if exact else 1e-2), positions=n, log_of_summed_probabilities=total)
 
@@ -1286,7 +1287,7 @@ def warm_up(hp: Hyperparameters, model: GPT, nats_of) -> None:
     saved = copy.deepcopy(model.state_dict())
     optimizer = Muon(model, hp)  # thrown away, with its state
     shape = (hp.train_batch_tokens // (grad_accum_steps(hp) * WORLD_SIZE * hp.train_seq_len), hp.train_seq_len)
-    orders = model.orders[hp.enable_looping_at == 0 :]
+    orders = model.orders if hp.enable_looping_at else model.orders[1:]
     for model.order, (_, micro_steps, chunk) in itertools.product(orders, stages(hp)):
         for step in range(1, hp.warmup_steps + 1):
             ids = torch.randint(hp.vocab_size, (micro_steps, 2, *shape), device=DEVICE)
@@ -1349,7 +1350,7 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
 
     if out_of_time:
         log.info(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{hp.iterations}")
-    raw_weights, model.order = [p.clone() for p in params], model.orders[1]
+    raw_weights, looped, model.order = [p.clone() for p in params], model.order == model.orders[1], model.orders[1]
     torch._foreach_copy_(params, average)
     batches = [loader.next() for _ in range(hp.gptq_calibration_batches * grad_accum_steps(hp))]
     loader.close()  # from here on there is no training data
@@ -1362,12 +1363,12 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
     total, last_read = round(time.perf_counter() - start, 3), round(loader.last_read - start, 3)
     log.info(f"train+hessians:{1000 * total:.0f}ms last_read:{1000 * last_read:.0f}ms")
     tokens += hp.gptq_calibration_batches * hp.train_batch_tokens
-    lr = optimizer.lr_multiplier
-    audit.check("schedule", lr <= lr_multiplier(hp, 1 - 2 / max(step, 1)) + 0.05 and tokens == loader.position,
-                lr_multiplier_at_stop=lr, tokens_read=loader.position, of_them_needed=tokens)
+    lr, due = optimizer.lr_multiplier, progress - 1 / max(step, 1)  # what begins later may have had no step
+    audit.check("schedule", lr <= lr_multiplier(hp, 1 - 2 / max(step, 1)) + 0.05 and tokens == loader.position and
+                (looped or hp.enable_looping_at > due), lr_multiplier_at_stop=lr, looped=looped,
+                tokens_read=loader.position, of_them_needed=tokens)
     distance = torch.stack(torch._foreach_norm(torch._foreach_sub(params, raw_weights))).norm().item()
-    too_late = progress < hp.ema_start + 1 / max(step, 1)
-    audit.check("ema", (distance > 0) == (hp.ema_decay > 0) or too_late, distance=distance)
+    audit.check("ema", (distance > 0) == (hp.ema_decay > 0) or hp.ema_start > due, distance=distance)
     dead = len(params) - optimizer.reached()
     audit.check("gradients", dead == 0 or step < 2, parameters=len(params), never_reached=dead)
     return dict(hessians=hessians, step_stop=step, wallclock_seconds=total, last_read_seconds=last_read,
@@ -1441,7 +1442,7 @@ def write_submission(hp: Hyperparameters, validation: Validation, figures: dict,
     compliance = dict(within_600_seconds_each=in_time, full_validation_split=validation.is_official)
     official = all(compliance.values())
     submission = dict(
-        author=hp.author or None, github_id=hp.github_id or None, name="Gated DeltaNet / sliding-window hybrid",
+        author=hp.author or None, github_id=hp.github_id or None, name=f"{hp.preset}: {hp.layout}",
         date=time.strftime("%Y-%m-%d", time.gmtime()), track="10min_16mb", preset=hp.preset, run_id=hp.run_id,
         seed=hp.seed, hardware=f"{WORLD_SIZE}x{torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'}",
         pytorch_version=torch.__version__, **(scores if official else dict.fromkeys(scores)),

@@ -929,7 +929,7 @@ BUGS = [
         [("shape = (hp.train_batch_tokens // (grad_accum_steps(hp) * WORLD_SIZE * hp.train_seq_len), hp.train_seq_len)",
           "shape = (1, hp.train_seq_len)")]),
     Bug("T2c", the_clock_counts_training_and_nothing_else,
-        [("orders = model.orders[hp.enable_looping_at == 0 :]", "orders = model.orders[:1]")]),
+        [("orders = model.orders if hp.enable_looping_at else model.orders[1:]", "orders = model.orders[:1]")]),
     Bug("T2d", the_clock_counts_training_and_nothing_else,
         [("itertools.product(orders, stages(hp))", "itertools.product(orders, stages(hp)[-1:])")]),
     # 5 % of the time are kept for GPTQ, as 30 of 600 s were
@@ -983,7 +983,7 @@ BUGS = [
         ("hp.max_wallclock_seconds - hp.gptq_reserve_seconds if", "hp.max_wallclock_seconds if")],
         settings=UNDER_A_CLOCK, world=own_clock),
     Bug("T13b", the_clock_counts_training_and_nothing_else, [
-        ("    raw_weights, model", "    start = time.perf_counter()\n    raw_weights, model")]),
+        ("    raw_weights, looped", "    start = time.perf_counter()\n    raw_weights, looped")]),
     Bug("T13c", "error: list index out of range", [
         ("        figures |= train(hp, model, stream, validation, audit)\n",
          "        figures |= train(hp, model, stream, validation, audit)\n"

@@ -500,7 +500,10 @@ def test_a_step_before_the_loop_begins(tiny):
     ("INST_DIM", dict(layout="A", inst_dim=4)),
     ("UNET_SKIPS", dict(layout="A", unet_skips=True)),
     ("ENABLE_LOOPING_AT", dict(layout="A2", enable_looping_at=0.35)),
-], ids=["instructions before the loop", "instructions without a loop", "nothing to skip", "nothing to loop"])
+    ("GPTQ_PHASES", dict(layout="A2", gptq_phases=2)),
+    ("PARALLEL_START_LAYER", dict(layout="A2", parallel_start_layer=2)),
+], ids=["instructions before the loop", "instructions without a loop", "nothing to skip", "nothing to loop",
+        "nothing to collect again", "nothing in lanes"])
 def test_parameters_that_no_gradient_would_reach_are_refused(tiny, name, changes):
     with pytest.raises(ValueError, match=name):
         tiny(**changes)
@@ -651,7 +654,7 @@ QUANT = dict(layout="A (G s)x2 A", inst_dim=4, matrix_bits=6, loop_bits=8, embed
 
 
 def is_looped(name):
-    return name.startswith(("blocks.1.", "blocks.2."))
+    return name.startswith(("blocks.1.", "blocks.2.", "inst_"))
 
 
 def outer_products(model, batches):

@@ -2,7 +2,7 @@
 
     python tools/bench.py --delta         # gated_delta_rule against fla's naive chunk function, forward + backward
     python tools/bench.py --size          # parameters and estimated artifact bytes of every preset, on the meta device
-    python tools/bench.py --throughput    # training tokens per second of PRESET and how far from the matmul floor
+    python tools/bench.py --throughput    # training tokens/s of PRESET, without its curriculum, and the matmul floor
     python tools/bench.py --presets       # each preset at toy size: same parameters, same tokens of DATA_PATH, seeds
 """
 
@@ -210,7 +210,9 @@ def bench_throughput(args) -> None:
     took = median_seconds([step], args.runs)[0]
     rate = hp.train_batch_tokens / took
     peak = matmul_flops_per_second(t.COMPUTE_DTYPE)
-    flops = 6 * sum(p.numel() for p in model.parameters() if p.ndim == 2)  # per token: forward 2, backward 4
+    used = [model.lm_head, model.ngram, *(model.blocks[i] for i in model.order)]  # looped blocks as often as they run
+    weights = sum(p.numel() for part in used if part for p in part.parameters() if p.ndim == 2)
+    flops = 6 * weights  # per token: forward 2, backward 4
     print(f"{hp.preset}, {t.DEVICE}: {rate:,.0f} tokens/s, {1000 * took:.1f} ms per {hp.train_batch_tokens:,} tokens")
     print(f"  matmul floor {flops / 1e6:.1f} MFLOP/token at {peak / 1e12:.3f} TFLOP/s: {peak / flops:,.0f} tokens/s, "
           f"{rate * flops / peak:.1%} of it reached")
