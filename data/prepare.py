@@ -1,6 +1,6 @@
 """Write the token shards and the tokenizer that train_gpt.py reads, from one of three sources:
 
-    python data/prepare.py --variant sp8192 --train-shards 80        # official shards, from the Hugging Face hub
+    python data/prepare.py --variant sp8192 --train-shards 80        # FineWeb shards, from the Hugging Face hub
     python data/prepare.py --docs text.jsonl.zst --num-val-docs 500 --vocab-size 1024 --name mytext    # own text
     python data/prepare.py --demo          # offline, seconds: the documentation of the running Python installation
     ... --docs or --demo with --caseops    # case as operator characters, see `encode_case`; a lossless transform
