@@ -459,7 +459,8 @@ VALID = {  # fields for which that value is impossible
     "embed_clip_sigmas": "15.25", "eval_seq_len": "99", "max_wallclock_seconds": "99.5", "mlp_clip_sigmas": "9.25",
     "matrix_optimizer": "adamw", "gptq_phases": "2", "embed_bits": "5",
 }
-LOOP_ONLY = dict.fromkeys(("enable_looping_at", "inst_dim"), dict(LAYOUT="A (A)x2"))  # impossible without a loop
+# impossible without a loop
+LOOP_ONLY = dict.fromkeys(("enable_looping_at", "inst_dim", "gptq_phases"), dict(LAYOUT="A (A)x2"))
 
 
 def test_the_record_is_the_defaults():
@@ -549,11 +550,13 @@ IMPOSSIBLE = [  # environment, the variable to blame, what else the message must
                    "BETA1", "BETA2", "ENABLE_LOOPING_AT")),
     *((dict([(name, "-1")]), name, "0 or more") for name in ANY_NUMBER if name not in POSITIVE),
     *((dict([(name, value)]), name, "8") for name in ("MATRIX_BITS", "EMBED_BITS", "LOOP_BITS") for value in "19"),
-    *((dict(GPTQ_PHASES=value), "GPTQ_PHASES", "1 to 2") for value in "03"),
+    *((dict(GPTQ_PHASES=value), "GPTQ_PHASES", "1, or 2 with a loop in LAYOUT") for value in "023"),
+    (dict(GPTQ_PHASES="3", LAYOUT="A (A)x2"), "GPTQ_PHASES", "1, or 2 with a loop in LAYOUT"),
+    (dict(PARALLEL_START_LAYER="2", LAYOUT="A2"), "PARALLEL_START_LAYER", "0 or the number of a block"),
     (dict(MATRIX_OPTIMIZER="sgd"), "MATRIX_OPTIMIZER", "muon or adamw"),
     (dict(ATTN_GATE_DIMS="513"), "ATTN_GATE_DIMS", "MODEL_DIM=512"),
-    (dict(INST_DIM="4", LAYOUT="A (A)x2", ENABLE_LOOPING_AT="0.5"), "INST_DIM", "0 but in a constant loop"),
-    (dict(INST_DIM="4"), "INST_DIM", "0 but in a constant loop"),
+    (dict(INST_DIM="4", LAYOUT="A (A)x2", ENABLE_LOOPING_AT="0.5"), "INST_DIM", "0 without a constant loop"),
+    (dict(INST_DIM="4"), "INST_DIM", "0 without a constant loop"),
     (dict(ENABLE_LOOPING_AT="0.5"), "ENABLE_LOOPING_AT", "0 without a loop in LAYOUT"),
     *((dict([(name, "nan")]), name, "") for name in ("MLP_MULT", "ROPE_BASE", "GPTQ_RESERVE_SECONDS")),
     (dict(VOCAB_SIZE="65537"), "VOCAB_SIZE", "65536"),
@@ -615,7 +618,7 @@ def test_an_interval_is_not_negative(every):
     dict(MIN_LR="1"), dict(VOCAB_SIZE="65536"), dict(GPTQ_RESERVE_SECONDS="0"),
     dict(MAX_WALLCLOCK_SECONDS="0"), dict(MAX_WALLCLOCK_SECONDS="inf"),
     dict(MAX_WALLCLOCK_SECONDS="0", GPTQ_RESERVE_SECONDS="99"), dict(EVAL_SECONDS="0"),
-    dict(GPTQ_PHASES="2"), dict(LOOP_BITS="8"), dict(ATTN_GATE_DIMS="512"), dict(CURRICULUM=""),
+    dict(LOOP_BITS="8"), dict(ATTN_GATE_DIMS="512"), dict(CURRICULUM=""),
 ], ids=lambda env: ",".join(f"{k}={v}" for k, v in env.items()))
 def test_the_border_of_what_is_possible_is_possible(env):
     hp = Hyperparameters.from_env(env)
@@ -626,6 +629,8 @@ def test_the_border_of_what_is_possible_in_a_loop():
     loop = dict(LAYOUT="A (A)x2")
     assert Hyperparameters.from_env(loop | dict(ENABLE_LOOPING_AT="1")).enable_looping_at == 1.0
     assert Hyperparameters.from_env(loop | dict(INST_DIM="1")).inst_dim == 1
+    assert Hyperparameters.from_env(loop | dict(GPTQ_PHASES="2")).gptq_phases == 2
+    assert Hyperparameters.from_env(dict(LAYOUT="A2", PARALLEL_START_LAYER="1")).parallel_start_layer == 1
     assert Hyperparameters.from_env(dict(LAYOUT="(A)x2", UNET_SKIPS="1")).unet_skips is True
     with pytest.raises(ValueError, match="UNET_SKIPS=True: expected 0 for a single pass"):
         Hyperparameters.from_env(dict(LAYOUT="A", UNET_SKIPS="1"))
