@@ -843,7 +843,7 @@ def polar_express(G: Tensor, steps: int = 5) -> Tensor:
     return X.mT if tall else X
 
 class Muon:
-    """Owns every parameter: Muon (arXiv:2502.16982) for the matrices, AdamW for the rest. No DDP: it reduces gradients.
+    """Owns every parameter: Muon (arXiv:2502.16982) or AdamW for matrices, AdamW for the rest. No DDP: it reduces grads.
     Matrices of a shape are stacked; each rank orthogonalises its share of the stack and the updates are gathered."""
     def __init__(self, model: nn.Module, hp: Hyperparameters):
         self.model, self.hp, self.lr_multiplier = model, hp, 0.0  # the last one used
@@ -1199,7 +1199,7 @@ def probe(audit: Audit, hp: Hyperparameters, tokens: Tensor, model: GPT, nats_of
     """The pass by which `nats_of` gave the validation `tokens` their `nats`, against the artifact's `model` and on
     rewritten text: scores depend on artifact and earlier tokens of the document only, and form a distribution."""
     T, V, stride, bos = hp.eval_seq_len, hp.vocab_size, hp.eval_stride, torch.full((1,), BOS_ID, device=DEVICE)
-    exact, plan = DEVICE.type == "cpu", windows(len(nats), hp.eval_seq_len, hp.eval_stride)
+    exact, plan = DEVICE.type == "cpu", windows(len(nats), T, stride)
     again = [(token_nats(model, tokens[None, start:end], tokens[None, start + 1 : end + 1])[0, first - start :]
               - nats[first:end]).double() for start, end, first in plan[:: -(-len(plan) // 5)]]
     moved = torch.cat(again).mean().abs().item()
@@ -1309,8 +1309,7 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, validation: Vali
     optimizer, params = Muon(model, hp), [p.detach() for p in model.parameters()]
     average = [p.clone() for p in params]  # exponential moving average of the weights, float32
     step, seconds, tokens = 0, 0.0, 0
-    effective = max(0.0, hp.max_wallclock_seconds - hp.gptq_reserve_seconds)
-    log.info(f"gptq:reserving {hp.gptq_reserve_seconds:g}s, effective={1000 * effective:.0f}ms")
+    log.info(f"gptq:reserving {hp.gptq_reserve_seconds:g}s, effective={1000 * train_budget(hp):.0f}ms")
     recent = collections.deque(maxlen=10)  # seconds of the last steps: the next one must fit into the budget
     start = time.perf_counter()  # moved forward by what does not count; every step ends in sync with the GPU
     loader, plan = TrainLoader(stream, hp), stages(hp)

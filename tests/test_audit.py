@@ -43,6 +43,24 @@ def test_each_budget_is_its_own(run):
     assert run(max_wallclock_seconds=0, eval_seconds=0) == (dict.fromkeys(run()[0], True), None)
 
 
+def test_probes_are_laid_out_as_the_final_pass(run, monkeypatch):
+    """What differs in its strides would be compiled anew: another graph than the one that made the score."""
+    real, seen = train_gpt.scorer, []
+
+    def spied(model):
+        nats_of = real(model)
+
+        def spy(x, y):
+            seen.append((x.is_contiguous(), y.is_contiguous()))
+            return nats_of(x, y)
+
+        return spy
+
+    monkeypatch.setattr(train_gpt, "scorer", spied)
+    assert run()[1] is None
+    assert set(seen) == {(True, True)}
+
+
 def test_a_failed_run_leaves_no_submission_of_an_earlier_one(run):
     assert run()[1] is None and json.loads(Path("submission.json").read_text())["run_id"] == "run"
     assert run(eval_seconds=1e-9)[1] and not Path("submission.json").exists()

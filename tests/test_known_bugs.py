@@ -924,6 +924,8 @@ BUGS = [
                                    "min(1.0, step / hp.iterations)")], settings=UNDER_A_CLOCK, world=own_clock),
     Bug("T1b", the_loop_is_switched_on_by_the_clock,
         [("model.orders[progress >= hp.", "model.orders[step / hp.iterations >= hp.")]),
+    Bug("T1c", "audit: schedule", [("model.orders[progress >= hp.enable_looping_at]", "model.orders[0]")],
+        settings=dict(layout="A (A)x2", enable_looping_at=0.35)),
     Bug("T2a", the_clock_counts_training_and_nothing_else, [("    warm_up(hp, model, nats_of)\n", "")]),
     Bug("T2b", the_clock_counts_training_and_nothing_else,
         [("shape = (hp.train_batch_tokens // (grad_accum_steps(hp) * WORLD_SIZE * hp.train_seq_len), hp.train_seq_len)",

@@ -26,6 +26,7 @@ from conftest import ROOT, TINY
 from corpus import write_corpus, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
 import train_gpt
 from train_gpt import BOS_ID, GPT, PRESETS, Hyperparameters, Muon, parse_layout, stages, token_nats
@@ -536,6 +537,19 @@ def test_shared_keys_and_values_are_stored_once(lively, tmp_path):
     assert torch.equal(loaded(ids), train_gpt.dequantized(model, train_gpt.quantize(model, hp))(ids))
 
 
+@torch.no_grad()
+def test_chunks_of_a_length_share_one_graph(tiny):
+    """Memory comes back laid out as it went in: a second graph a chunk would near the limit of recompilations."""
+    torch._dynamo.reset()
+    hp = tiny(layout="G A (S g)x2 S", window_size=6)
+    model, graphs = GPT(hp), CompileCounter()
+    compiled = torch.compile(model, backend=graphs, fullgraph=True, dynamic=False)
+    memory = model.new_memory(2)
+    for chunk in random_ids(hp, B=2, T=64).split(16, 1):
+        compiled(chunk, memory)
+    assert graphs.frame_count == 1
+
+
 # ---- training
 
 
@@ -645,6 +659,7 @@ def test_the_average_begins_with_its_share_of_the_run(tiny, tmp_path, monkeypatc
     for name, p in run.model.named_parameters():
         np.testing.assert_allclose(p.detach().numpy(), expected[name], atol=1e-6, err_msg=name)
         assert np.array_equal(p.detach().numpy(), run.weights[-1][name]) == (start == 1)
+    assert all(check["passed"] for check in run.audit.values())  # an average that begins too late is no failure
 
 
 # ---- GPTQ

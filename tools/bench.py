@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -186,7 +187,7 @@ def bench_presets(args) -> None:
         scores[preset] = bpb
         noise = f" ± {statistics.stdev(bpb):.4f}" if seeds > 1 else ""
         print(f"| `{preset}` | `{hp.layout}` | {published} | {parameters(hp):,} | "
-              f"{sum(estimated_bytes(hp)) + os.path.getsize(t.__file__):,.0f} | {count:,} | "
+              f"{(sum(estimated_bytes(hp)) + os.path.getsize(t.__file__)) / 1e6:.2f} MB | {count:,} | "
               f"{statistics.mean(bpb):.4f}{noise} | {seeds} | {statistics.median(rates):,.0f} |", flush=True)
     for other in ("transformer", "baseline"):
         better = [b - a for a, b in zip(scores["record"], scores[other], strict=True)]
@@ -210,9 +211,10 @@ def bench_throughput(args) -> None:
     took = median_seconds([step], args.runs)[0]
     rate = hp.train_batch_tokens / took
     peak = matmul_flops_per_second(t.COMPUTE_DTYPE)
-    used = [model.lm_head, model.ngram, *(model.blocks[i] for i in model.order)]  # looped blocks as often as they run
-    weights = sum(p.numel() for part in used if part for p in part.parameters() if p.ndim == 2)
-    flops = 6 * weights  # per token: forward 2, backward 4
+    ids = torch.zeros(1, 64, dtype=torch.long, device=t.DEVICE)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(ids)
+    flops = 3 * counter.get_flop_counts()["Global"][torch.ops.aten.mm] / 64  # per token; the backward is two forwards
     print(f"{hp.preset}, {t.DEVICE}: {rate:,.0f} tokens/s, {1000 * took:.1f} ms per {hp.train_batch_tokens:,} tokens")
     print(f"  matmul floor {flops / 1e6:.1f} MFLOP/token at {peak / 1e12:.3f} TFLOP/s: {peak / flops:,.0f} tokens/s, "
           f"{rate * flops / peak:.1%} of it reached")
