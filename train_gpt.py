@@ -843,7 +843,7 @@ def polar_express(G: Tensor, steps: int = 5) -> Tensor:
     return X.mT if tall else X
 
 class Muon:
-    """Owns every parameter: Muon (arXiv:2502.16982) or AdamW for matrices, AdamW for the rest. No DDP: it reduces grads.
+    """Owns every parameter: Muon (arXiv:2502.16982) or AdamW for matrices, AdamW for the rest. Reduces grads: no DDP.
     Matrices of a shape are stacked; each rank orthogonalises its share of the stack and the updates are gathered."""
     def __init__(self, model: nn.Module, hp: Hyperparameters):
         self.model, self.hp, self.lr_multiplier = model, hp, 0.0  # the last one used
