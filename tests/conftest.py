@@ -21,7 +21,8 @@ TINY = dict(
     num_heads=2, num_kv_heads=1, head_dim=16, window_size=16, rope_dims=8,
     ngram_vocab_size=128, ngram_dim=16, smear_dims=8, tied_embed_init_std=0.5,
     iterations=10, max_wallclock_seconds=0.0, gptq_reserve_seconds=0.0, warmup_steps=1,
-    eval_seq_len=64, eval_stride=16, val_batch_size=256,
+    eval_mode="sliding", eval_seq_len=64, eval_stride=16, val_batch_size=256, eval_chunk=16, eval_rows=4,
+    ttt="", ttt_chunk_tokens=256, ttt_lora_rank=4, ttt_lora_alpha=8.0, ttt_lora_lr=0.003,
 )
 
 

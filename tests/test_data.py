@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 
 import train_gpt
 from train_gpt import (
+    BOUNDS,
     PRESETS,
     Hyperparameters,
     TokenStream,
@@ -453,14 +454,15 @@ def test_ranks_that_do_not_divide_eight_need_accumulation(tmp_path, ring, tiny, 
 
 OTHER = {bool: "1", int: "7", float: "0.015625", str: "some text"}  # a value of each type that no field has
 VALID = {  # fields for which that value is impossible
-    "preset": "demo", "layout": "A3 S", "compressor": "zstd", "xsa": "0", "vocab_size": "60000",
+    "preset": "demo", "layout": "A3 S", "xsa": "0", "eval_mode": "sliding", "ttt": "sgd", "vocab_size": "60000",
     "model_dim": "96", "num_heads": "12", "num_kv_heads": "2", "head_dim": "48", "rope_dims": "32",
     "mlp_mult": "2.25", "rope_base": "500.5", "logit_softcap": "15.5", "matrix_clip_sigmas": "9.75",
     "embed_clip_sigmas": "15.25", "eval_seq_len": "99", "max_wallclock_seconds": "99.5", "mlp_clip_sigmas": "9.25",
-    "matrix_optimizer": "adamw", "gptq_phases": "2", "embed_bits": "5",
+    "gptq_phases": "2", "embed_bits": "5",
 }
-# impossible without a loop
-LOOP_ONLY = dict.fromkeys(("enable_looping_at", "inst_dim", "gptq_phases"), dict(LAYOUT="A (A)x2"))
+# impossible without a loop, or with adapters
+NEEDS = dict.fromkeys(("enable_looping_at", "inst_dim", "gptq_phases"), dict(LAYOUT="A (A)x2"))
+NEEDS["eval_mode"] = dict(TTT="")
 
 
 def test_the_record_is_the_defaults():
@@ -494,7 +496,7 @@ def test_a_preset_is_a_diff_of_the_defaults_under_the_environment(preset):
 def test_every_field_is_read_from_its_variable(name):
     field = next(field for field in fields(Hyperparameters) if field.name == name)
     text = VALID.get(name, OTHER[field.type])
-    also = LOOP_ONLY.get(name, {})
+    also = NEEDS.get(name, {})
     hp = Hyperparameters.from_env({name.upper(): text} | also)
     value = getattr(hp, name)
     assert type(value) is field.type
@@ -540,20 +542,26 @@ def test_a_value_that_cannot_be_read_names_itself(name, text, expected):
 POSITIVE = ("VOCAB_SIZE TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN MODEL_DIM MLP_MULT GDN_HEADS GDN_HEAD_DIM NUM_HEADS "
             "NUM_KV_HEADS HEAD_DIM WINDOW_SIZE ROPE_BASE LOGIT_SOFTCAP ITERATIONS EVAL_SEQ_LEN EVAL_STRIDE "
             "VAL_BATCH_SIZE MATRIX_CLIP_SIGMAS EMBED_CLIP_SIGMAS GPTQ_CALIBRATION_BATCHES MUON_BACKEND_STEPS "
-            "MLP_CLIP_SIGMAS").split()
+            "MLP_CLIP_SIGMAS EVAL_CHUNK EVAL_ROWS TTT_EPOCHS TTT_CHUNK_TOKENS TTT_LORA_RANK TRAIN_LOG_EVERY "
+            "NGRAM_DIM").split()
 ANY_NUMBER = [f.name.upper() for f in fields(Hyperparameters) if f.type in (int, float)]
 IMPOSSIBLE = [  # environment, the variable to blame, what else the message must say
     *((dict([(name, value)]), name, "") for name in POSITIVE for value in ("0", "-1")),
     *((dict([(name, value)]), name, expected)
-      for value, expected in (("-0.1", "0 or more"), ("1.01", "0 to 1"), ("nan", "0 or more"))
+      for value, expected in (("-0.1", "0 to 1"), ("1.01", "0 to 1"), ("nan", "0 to 1"))
       for name in ("WARMDOWN_FRAC", "MIN_LR", "EMA_DECAY", "EMA_START", "MUON_MOMENTUM_WARMUP_FRAC", "MUON_MOMENTUM",
                    "BETA1", "BETA2", "ENABLE_LOOPING_AT")),
-    *((dict([(name, "-1")]), name, "0 or more") for name in ANY_NUMBER if name not in POSITIVE),
+    *((dict([(name, "-1")]), name, "expected 0 or up") for name in ANY_NUMBER
+      if name not in POSITIVE and name.lower() not in BOUNDS),
+    *((dict([(name, "-1")]), name, "") for name in ANY_NUMBER),
+    (dict(EVAL_MODE="overlapping"), "EVAL_MODE", "sliding or stream"),
+    (dict(EVAL_MODE=""), "EVAL_MODE", "sliding or stream"),
+    (dict(TTT="adam"), "TTT", "sgd, lora"),
+    (dict(TTT="lora", EVAL_MODE="sliding"), "TTT", "lora with EVAL_MODE=stream"),
     *((dict([(name, value)]), name, "8") for name in ("MATRIX_BITS", "EMBED_BITS", "LOOP_BITS") for value in "19"),
     *((dict(GPTQ_PHASES=value), "GPTQ_PHASES", "1, or 2 with a loop in LAYOUT") for value in "023"),
     (dict(GPTQ_PHASES="3", LAYOUT="A (A)x2"), "GPTQ_PHASES", "1, or 2 with a loop in LAYOUT"),
     (dict(PARALLEL_START_LAYER="2", LAYOUT="A2"), "PARALLEL_START_LAYER", "0 or the number of a block"),
-    (dict(MATRIX_OPTIMIZER="sgd"), "MATRIX_OPTIMIZER", "muon or adamw"),
     (dict(ATTN_GATE_DIMS="513"), "ATTN_GATE_DIMS", "MODEL_DIM=512"),
     (dict(INST_DIM="4", LAYOUT="A (A)x2", ENABLE_LOOPING_AT="0.5"), "INST_DIM", "0 without a constant loop"),
     (dict(INST_DIM="4"), "INST_DIM", "0 without a constant loop"),
@@ -564,15 +572,11 @@ IMPOSSIBLE = [  # environment, the variable to blame, what else the message must
     (dict(NUM_KV_HEADS="16"), "NUM_KV_HEADS", "NUM_HEADS=8"),
     (dict(ROPE_DIMS="15"), "ROPE_DIMS", "64"),
     (dict(ROPE_DIMS="66"), "ROPE_DIMS", "64"),
-    (dict(ROPE_DIMS="-2"), "ROPE_DIMS", "0 or more"),
+    (dict(ROPE_DIMS="-2"), "ROPE_DIMS", "0 or up"),
     (dict(SMEAR_DIMS="513"), "SMEAR_DIMS", "MODEL_DIM=512"),
     (dict(NGRAM_VOCAB_SIZE="1"), "NGRAM_VOCAB_SIZE", "0"),
     (dict(NGRAM_VOCAB_SIZE="-5"), "NGRAM_VOCAB_SIZE", "0"),
-    (dict(NGRAM_DIM="0"), "NGRAM_DIM", ""),
-    (dict(TRAIN_LOG_EVERY="0"), "TRAIN_LOG_EVERY", ""),
     (dict(EVAL_STRIDE="2049"), "EVAL_STRIDE", "EVAL_SEQ_LEN=2048"),
-    (dict(COMPRESSOR="gzip"), "COMPRESSOR", "brotli"),
-    (dict(COMPRESSOR=""), "COMPRESSOR", "zstd"),
     (dict(GPTQ_RESERVE_SECONDS="600"), "GPTQ_RESERVE_SECONDS", "MAX_WALLCLOCK_SECONDS=600"),
     (dict(MAX_WALLCLOCK_SECONDS="5"), "GPTQ_RESERVE_SECONDS", "MAX_WALLCLOCK_SECONDS=5"),
     (dict(LAYOUT=""), "LAYOUT", "block"),

@@ -213,7 +213,7 @@ def slow_conv(x, weight):
 
 def slow_delta_net(m, x, hp):
     """Gated DeltaNet over one document, x: [T, D], one token after the other."""
-    q, k, v = (slow_conv(x @ f64(proj.weight).T, conv.weight) for proj, conv in (
+    q, k, v = (slow_conv(x @ f64(proj.weight).T, conv) for proj, conv in (
         (m.q_proj, m.q_conv1d), (m.k_proj, m.k_conv1d), (m.v_proj, m.v_conv1d)))
     d, outputs = hp.gdn_head_dim, []
     for h in range(hp.gdn_heads):
@@ -298,11 +298,11 @@ def by_document(ids, x, f):
 
 def test_short_conv_equals_conv1d_of_each_document(tiny):
     hp = tiny()
-    conv = train_gpt.ShortConv(24)
-    nn.init.normal_(conv.weight)
+    weight = torch.randn(24, 4)
     ids, x = random_ids(hp, T=40, starts=(1, 2, 4, 7, 20)), torch.randn(2, 40, 24)
-    expected = by_document(ids, x.double(), lambda d: slow_conv(d, conv.weight))
-    torch.testing.assert_close(conv(x, context(ids, hp)).double(), expected, atol=1e-5, rtol=1e-5)
+    expected = by_document(ids, x.double(), lambda d: slow_conv(d, weight))
+    found = train_gpt.short_conv(x, weight, context(ids, hp))
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("vocab_size", [64, 65_536])
@@ -396,7 +396,7 @@ def test_every_parameter_starts_as_stated(tiny):
         assert (p[0] == 1).all() and (p[1] == 0).all()
     for p in all_of("q_gain"):
         assert (p == 5).all()
-    for p in all_of("conv1d.weight"):
+    for p in all_of("conv1d"):
         assert p.abs().max() <= 0.5 and p.std() > 0.25
     for p in all_of("a_proj.weight", "b_proj.weight"):
         assert p.abs().max() <= 32**-0.5 and p.std() > 0.07

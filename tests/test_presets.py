@@ -4,7 +4,7 @@ formulas    the whole network written again in float64, one token after the othe
             instructions, U-Net skips, LN scale, lanes, sparse gates
 memory      a text in pieces scores as the text in one piece; gradients against differences of the loss
 presets     causality, documents, gradients and parameter counts of each
-training    AdamW, curriculum, loops that begin late, average that begins late; GPTQ of looped blocks by our own hooks
+training    curriculum, loops that begin late, average that begins late; GPTQ of looped blocks by our own hooks
 runs        each preset as a user starts it, then its artifact in a new process
 """
 
@@ -159,7 +159,7 @@ def slow_delta_net(W, n, hp):
     """Gated DeltaNet over one document. W: weights by name; n: [T, D], normalised."""
     d, y = hp.gdn_head_dim, {}
     for name in "qkv":
-        x, taps = n @ W(f"{name}_proj.weight").T, W(f"{name}_conv1d.weight")
+        x, taps = n @ W(f"{name}_proj.weight").T, W(f"{name}_conv1d")
         rows = [sum(taps[:, 3 - back] * x[t - back] for back in range(min(3, t) + 1)) for t in range(len(x))]
         y[name] = torch.stack([row * sigmoid(row) for row in rows])
     out = torch.zeros(len(n), hp.gdn_heads * d).double()
@@ -521,7 +521,7 @@ def test_shared_keys_and_values_are_stored_once(lively, tmp_path):
     hp = toy("kv_share")
     model = lively(GPT(hp))
     train_gpt.save_artifact(tmp_path / "model.ptz", model, hp)
-    raw = brotli.decompress((tmp_path / "model.ptz").read_bytes()[60:])
+    raw = brotli.decompress((tmp_path / "model.ptz").read_bytes()[56:])
     names = [name for name, *_ in json.loads(raw[4 : 4 + int.from_bytes(raw[:4], "little")])["tensors"]]
     # a block: 7 projections, 3 convolutions, 3 vectors, 2 of the MLP, 3 scales; a follower has 4 of another
     assert len(names) == len({*names}) == 5 * 18 + 5 * 14 + 5
@@ -530,9 +530,9 @@ def test_shared_keys_and_values_are_stored_once(lively, tmp_path):
     for i in range(0, 10, 2):
         owner, follower = loaded.blocks[i].mixer, loaded.blocks[i + 1].mixer
         for name in ("k_proj", "v_proj", "k_conv1d", "v_conv1d"):
-            assert getattr(owner, name).weight.data_ptr() == getattr(follower, name).weight.data_ptr()
+            assert getattr(owner, name) is getattr(follower, name)
         for name in ("q_proj", "g_proj", "o_proj", "q_conv1d"):
-            assert getattr(owner, name).weight.data_ptr() != getattr(follower, name).weight.data_ptr()
+            assert getattr(owner, name) is not getattr(follower, name)
     ids = random_ids(hp)
     assert torch.equal(loaded(ids), train_gpt.dequantized(model, train_gpt.quantize(model, hp))(ids))
 
@@ -551,31 +551,6 @@ def test_chunks_of_a_length_share_one_graph(tiny):
 
 
 # ---- training
-
-
-def test_adamw_for_matrices_equals_its_formula(tiny, lively):
-    hp = tiny(layout="A (G s)x2 A", inst_dim=4, matrix_optimizer="adamw", matrix_lr=0.003,
-              muon_wd=0.05, grad_clip_norm=0.0, beta1=0.8, beta2=0.9)
-    model = lively(GPT(hp))
-    optimizer = Muon(model, hp)
-    assert not optimizer.stacks and not optimizer.momentum
-    expected = snapshot(model)
-    moments = {name: [0.0, 0.0] for name in expected}
-    for step, multiplier in enumerate((1.0, 0.5), 1):
-        for name, p in model.named_parameters():
-            p.grad = torch.randn_like(p) * 10.0**-step
-            g, (m, v) = p.grad.double().numpy(), moments[name]
-            moments[name] = m, v = hp.beta1 * m + (1 - hp.beta1) * g, hp.beta2 * v + (1 - hp.beta2) * g**2
-            matrix = re.search(r"((q|k|v|g|o|up|down)_proj|ngram\.proj|inst_in|inst_out\.\d)\.weight$", name)
-            lr, decay = (hp.matrix_lr, 0.05) if matrix else (hp.scalar_lr, 0.0)
-            if name in ("tok_emb.weight", "ngram.table"):
-                lr, decay = hp.tied_embed_lr, hp.embed_wd
-            m, v = m / (1 - hp.beta1**step), v / (1 - hp.beta2**step)
-            expected[name] *= 1 - multiplier * lr * decay
-            expected[name] -= multiplier * lr * m / (np.sqrt(v) + hp.adam_eps)
-        optimizer.step(multiplier, 0.95)
-    for name, p in model.named_parameters():
-        np.testing.assert_allclose(p.detach().numpy(), expected[name], atol=2e-6, rtol=2e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("curriculum, plan", [
@@ -621,9 +596,9 @@ def train(hp, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_gpt, "accumulate", spied_accumulate)
     monkeypatch.setattr(Muon, "step", spied_step)
-    validation = SimpleNamespace(tokens=torch.randint(2, hp.vocab_size, (100,)), loss_and_bpb=lambda nats: (1.0, 1.0))
+    monkeypatch.setattr(train_gpt, "validate", lambda *_, **__: dict(val_bpb=1.0))
     audit = train_gpt.Audit()
-    train_gpt.train(hp, model, train_gpt.TokenStream(str(tmp_path), "train", hp.vocab_size), validation, audit)
+    train_gpt.train(hp, model, train_gpt.TokenStream(str(tmp_path), "train", hp.vocab_size), None, audit)
     return SimpleNamespace(steps=steps, start=weights[0], weights=weights[1:], model=model, audit=audit.checks,
                            text=tokens)
 
@@ -752,7 +727,8 @@ SMALL = dict(
     MODEL_DIM="32", GDN_HEADS="2", GDN_HEAD_DIM="16", NUM_HEADS="2", NUM_KV_HEADS="1", HEAD_DIM="16", WINDOW_SIZE="24",
     ROPE_DIMS="8", TRAIN_SEQ_LEN="64", TRAIN_BATCH_TOKENS="384", GRAD_ACCUM_STEPS="3", EVAL_SEQ_LEN="64",
     EVAL_STRIDE="32", VAL_BATCH_SIZE="4096", ITERATIONS="12", WARMUP_STEPS="1", MAX_WALLCLOCK_SECONDS="0",
-    GPTQ_CALIBRATION_BATCHES="4", TIED_EMBED_INIT_STD="0.05", ARTIFACT="model.ptz", RUN_ID="run")
+    EVAL_CHUNK="16", EVAL_ROWS="4", TTT_CHUNK_TOKENS="128", TTT_LORA_RANK="4", GPTQ_CALIBRATION_BATCHES="4",
+    TIED_EMBED_INIT_STD="0.05", ARTIFACT="model.ptz", RUN_ID="run")
 NGRAMS = dict(NGRAM_VOCAB_SIZE="256", NGRAM_DIM="16")
 RUNS = dict(
     record=NGRAMS, baseline=dict(ROPE_DIMS="16"), kv_share=NGRAMS, crawler=NGRAMS | dict(INST_DIM="4"), transformer={},
@@ -789,8 +765,10 @@ def test_a_run_of_a_preset_and_its_artifact(corpus, tmp_path, preset):
     assert enabled == ([("5", passes)] if preset == "transformer" else [])
     if preset == "pure_gdn":
         assert re.findall(r"warmup_step:1/1 .*chunk:(\d+)", log) == ["16", "32", "64"]
-    bpb = re.search(r"final_int\d_sliding_window_exact .*", log)[0]
+    final = r"final_int\d_(sliding_window|stream)\w*_exact .*"
+    bpb = re.search(final, log)[0]
+    assert ("_ttt_" in bpb) == (preset in ("record", "kv_share", "transformer"))
     again = start(tmp_path, EVAL_ONLY="1", ARTIFACT="model.ptz", RUN_ID="again")
-    assert re.search(r"final_int\d_sliding_window_exact .*", again)[0] == bpb
+    assert re.search(final, again)[0] == bpb
     submission = json.loads((tmp_path / "submission.json").read_text())
     assert f"val_bpb:{submission['own_text']['val_bpb']:.8f}" == bpb.split()[-1]
