@@ -1,9 +1,11 @@
 """tools/verify.py on trial: it agrees with an honest run to the last digit and names what is wrong with any other.
 
-In the copies of train_gpt.py that hold a bug the audit is silent, so that the verifier alone can catch it.
+In the copies of train_gpt.py that hold a bug the audit is silent, so that the verifier alone can catch it. Most of a
+process's time is the import of torch: all but one are forked from a process that has done that.
 """
 
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -25,9 +27,23 @@ SMALL = dict(
     PRESET="demo", LAYOUT="G S", MODEL_DIM="32", GDN_HEAD_DIM="16", HEAD_DIM="16", WINDOW_SIZE="40",
     TRAIN_SEQ_LEN="64", TRAIN_BATCH_TOKENS="512", EVAL_SEQ_LEN="64", EVAL_STRIDE="32", VAL_BATCH_SIZE="4096",
     NGRAM_VOCAB_SIZE="256", NGRAM_DIM="16", ITERATIONS="40", MAX_WALLCLOCK_SECONDS="0", GPTQ_CALIBRATION_BATCHES="8",
-    WARMUP_STEPS="1", RUN_ID="run", SCORES="scores.npz",
+    WARMUP_STEPS="1", RUN_ID="run", SCORES="scores.npz", EVAL_MODE="sliding", TTT="",
 )
 SILENT = [("    def verdict(self) -> None:\n", "    def verdict(self) -> None:\n        return\n")]
+LEARNING = dict(TRAIN_SEQ_LEN="64", TTT_CHUNK_TOKENS="64", EVAL_CHUNK="32", EVAL_ROWS="8", VAL_BATCH_SIZE="256")
+STREAM = LEARNING | dict(EVAL_MODE="stream")
+MODES = {  # how an artifact may say that it is to be scored
+    "sliding": {}, "sliding sgd": LEARNING | dict(TTT="sgd"), "stream": STREAM, "stream sgd": STREAM | dict(TTT="sgd"),
+    "lora": STREAM | dict(TTT="lora"), "lora in phases": STREAM | dict(TTT="lora", TTT_PHASES="1"),
+}
+CHILD = """
+import os, runpy, sys
+os.chdir(cwd), os.environ.clear(), os.environ.update(env)
+for number, name in (1, "out"), (2, "err"):
+    os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+sys.argv[:] = command
+runpy.run_path(command[0], run_name="__main__")
+"""
 
 
 def train(folder: Path, **corpus) -> None:
@@ -48,12 +64,31 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def check(trained, monkeypatch, capsys):
-    """check(*options, artifact, tokenizer) -> exit status, names of the checks that failed, all that was printed."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory):
+    """subprocess.run of a script, without a new interpreter."""
+    folder, context = tmp_path_factory.mktemp("forked"), multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload("torch._dynamo torch.nn.attention.varlen sentencepiece brotli zstandard".split())
 
-    def run(*options, artifact="final_model.int6.ptz", tokenizer="data/tokenizer.model", data="data"):
+    def run(command, cwd, env, **_):
+        names = dict(cwd=str(cwd), env=env, folder=str(folder), command=command[1:])
+        process = context.Process(target=exec, args=(CHILD, names))
+        process.start()
+        process.join()
+        out, err = ((folder / name).read_text() for name in ("out", "err"))
+        return SimpleNamespace(returncode=process.exitcode, stdout=out, stderr=err)
+
+    return run
+
+
+@pytest.fixture
+def check(trained, forked, monkeypatch, capsys):
+    """check(*options, artifact, tokenizer, mode) -> exit status, names of the failed checks, all that was printed."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=forked))
+
+    def run(*options, artifact="final_model.int6.ptz", tokenizer="data/tokenizer.model", data="data", mode="sliding"):
+        monkeypatch.setattr(verify, "SETTINGS", verify.SETTINGS | MODES[mode])
         arguments = trained / artifact, "--data", trained / data, "--tokenizer", trained / tokenizer, *options
         status = verify.main([str(argument) for argument in arguments])
         text = capsys.readouterr().out
@@ -96,6 +131,49 @@ def test_an_honest_run_passes_every_check(trained, check, monkeypatch):
     bpb = float(re.search(r"^verify: score passed bpb (\S+)", result.text, re.M)[1])
     assert bpb == pytest.approx(own["val_bpb"], abs=1e-9) and f"/ {own['bytes']} bytes" in result.text
     assert "not checked:" in result.text and "EVAL_SEQ_LEN=64 EVAL_STRIDE=64" in result.text
+
+
+def test_the_same_from_a_process_of_its_own(trained, check, monkeypatch):
+    monkeypatch.setattr(verify, "subprocess", subprocess)
+    result = check("--submission", trained / "submission.json", "--scores", trained / "scores.npz", "--probes")
+    assert result.status == 0 and not result.failed, result.text
+
+
+def moved(text: str, check: str) -> list[tuple[int, float]]:
+    """(scores compared, by how much they moved) of each comparison in the line of a check."""
+    line = re.search(rf"^verify: {check} \w+ (.*)$", text, re.M)[1]
+    return [(int(n), float(by)) for n, by in re.findall(r"(\d+) scores moved by at most ([^,]+),", line)]
+
+
+@pytest.mark.parametrize("mode, probes, compared", [
+    ("stream", "truncation isolation future", dict(truncation=[599], future=[24, 80, 319])),
+    ("lora", "truncation future", dict(truncation=[599], future=[450, 88, 208])),
+    ("lora in phases", "truncation isolation normalisation rows future",
+     dict(truncation=[416], rows=[240], future=[624, 88, 208, 496])),
+    ("sliding sgd", "truncation isolation normalisation future", dict(truncation=[64], future=[48, 224])),
+    ("stream sgd", "truncation future", dict(truncation=[64], future=[450, 88, 208, 104])),
+])
+def test_an_honest_run_passes_in_every_mode(check, mode, probes, compared):
+    """To the bit; and where SGD follows a schedule that is as long as the text, the line says what is not compared."""
+    result = check("--probe-tokens", 600, "--probes", *probes.split(), mode=mode)
+    assert result.status == 0 and not result.failed, result.text
+    for name, counts in compared.items():
+        assert moved(result.text, name) == [(n, 0.0) for n in counts], result.text
+    taught = re.findall(r"TTT had moved them by up to (\S+)|where that is learned from, by (\S+)", result.text)
+    assert len(taught) == (mode != "stream") + ("rows" in probes)
+    assert all(float(ahead or row) > 1e-4 for ahead, row in taught)
+    assert ("the others' schedule: they are not checked" in result.text) is (mode not in ("stream", "lora"))
+    assert mode == "stream" or "isolation" not in probes or re.search(r"isolation passed .*TTT=\)", result.text)
+
+
+def test_a_run_that_learned_from_the_text_is_verified(trained, check, tmp_path):
+    """The artifact itself says how; the score that counts is the last one in the log."""
+    train(tmp_path, data_path=trained / "data", tokenizer_path=trained / "data/tokenizer.model",
+          vocab_size=load(tokenizer_model()).vocab_size(), **MODES["lora"])
+    result = check("--submission", tmp_path / "submission.json", "--scores", tmp_path / "scores.npz", "--probes",
+                   artifact=tmp_path / "final_model.int6.ptz")
+    assert result.status == 0 and not result.failed, result.text
+    assert result.text.count("log, 8 decimals") == 2
 
 
 def test_transformed_text_is_verified_by_its_original(check, tmp_path):
@@ -200,7 +278,8 @@ TOKENS = "        self.paths, self.tokens = stream.paths, stream.read(0, len(str
 LUT = 'base = len(piece.removeprefix("\\u2581").encode()) if plain'
 BUGS = {
     "a state that starts where the sequence ends": ("future", {"future"}, [
-        (f"        o, state = {DELTA}", f"        o, state = {DELTA.replace('else None', f'else {DELTA}[1]')}")]),
+        (f"        o, state = {DELTA}", f"        o, state = {DELTA.replace('else None', f'else {DELTA}[1]')}"),
+        (", RESET_LOG_DECAY)", ", 0.0)")]),
     "the statistics of all validation text": ("truncation", {"truncation"}, [
         ("log = logging.getLogger(\"train_gpt\")\n", "log = logging.getLogger(\"train_gpt\")\nCOUNTS = []\n"),
         (TOKENS, TOKENS + "        COUNTS[:] = torch.bincount(self.tokens, minlength=hp.vocab_size).tolist()\n"),
@@ -211,7 +290,7 @@ BUGS = {
     "the target among the inputs": ("normalisation", {"normalisation"}, [
         ("bigram ^ (51497 * shift(ids, 2))", "bigram ^ (51497 * ids.roll(-1, 1))")]),
     "a document that goes on into the next": ("isolation", {"isolation"}, [
-        ("        g = g.masked_fill(ctx.is_bos[:, -T:], RESET_LOG_DECAY)\n", "")]),
+        (", RESET_LOG_DECAY)", ", 0.0)")]),
     "a leading space counted twice": (None, {"bytes", "score"}, [
         (LUT, LUT.replace(" if", ' + piece.startswith("\\u2581") if'))]),
     "the last targets dropped": (None, {"positions"}, [
@@ -223,6 +302,48 @@ BUGS = {
 def test_a_script_with_a_bug_is_caught(check, tmp_path, probe, failed, edits):
     probes = ["--probes", probe] if probe else ["--probes"]
     result = check("--probe-tokens", 400, "--train-script", planted(tmp_path, *edits), *probes)
+    assert result.status == 1 and result.failed == failed, result.text
+
+
+PLANS, STEP = "    for plan, end in plans:\n", "                learner.learn(step, out, scored)\n"
+READ = "nats_of(tokens[here], tokens[here + 1], *memory)"
+SCORED = (".min() < 1:", ".min() < 0:")  # the program's own look at what it learns from
+ADAPT, SHARE = "            self.update(self.adamw)\n", "            for _, B, _ in self.adapters.values():\n"
+
+
+def read(memory: str) -> str:
+    """The same forward, which leaves the memory as it was."""
+    return READ.replace("*memory", f"*map(list, {memory})")
+
+
+CHEATS = {
+    "adapters learn from a chunk before it is scored": ("lora", {"future", "normalisation"}, [
+        (READ, f"(learner and learner.learn(step, {read('memory')}, scored), {READ})[1]")]),
+    "what adapters learned from is scored again": ("lora", {"future", "normalisation"}, [
+        (READ, f"(before := [*map(list, memory)], {READ})[1]"),
+        (STEP, STEP + f"                nats[index[scored]] = {read('before')}.detach()[scored].double()\n")]),
+    "adapters learn from the next document in their chunk": ("lora", {"rows"}, [("out * scored", "out")]),
+    "all rows teach all adapters": ("lora", {"rows"}, [
+        (ADAPT, SHARE + "                B.grad += B.grad.sum(0)\n" + ADAPT)]),
+    "adapters that know the last document at the next one's start": ("lora", {"normalisation"}, [
+        ("B.data.mul_(", "B.data.mul(")]),
+    "SGD learns from a chunk before it is scored": ("sliding sgd", {"future"}, [
+        SCORED, (PLANS, PLANS + "        learner and learner.end_segment(end)\n")]),
+    "and in a stream": ("stream sgd", {"future"}, [
+        SCORED, (PLANS, PLANS + "        learner and learner.end_segment(end)\n")]),
+    "what SGD learned from is scored again": ("sliding sgd", {"future"}, [
+        (PLANS, PLANS.replace("plans", "[plan for plan in plans for _ in range(2 if ttt else 1)]"))]),
+    "a phase learns from a chunk that is scored in part": ("lora in phases", {"future"}, [
+        SCORED, ("end - n + 1, n)", "end, n)")]),
+    "a document in a stream goes on into the next": ("stream", {"isolation"}, [
+        (", RESET_LOG_DECAY)", ", 0.0)")]),
+}
+
+
+@pytest.mark.parametrize("mode, failed, edits", CHEATS.values(), ids=CHEATS)
+def test_a_script_that_cheats_while_it_learns_is_caught(check, tmp_path, mode, failed, edits):
+    """By each of these probes."""
+    result = check("--probe-tokens", 500, "--train-script", planted(tmp_path, *edits), "--probes", *failed, mode=mode)
     assert result.status == 1 and result.failed == failed, result.text
 
 

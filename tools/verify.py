@@ -31,13 +31,19 @@ OFFICIAL_DOCUMENTS, OFFICIAL_BYTES = 50_000, (151_020_000, 151_090_000)
 INHERITED = re.compile(r"(PATH|HOME|TMPDIR|LANG|USER|LD_LIBRARY_PATH|CUDA_VISIBLE_DEVICES|(OMP|MKL)_NUM_THREADS)")
 SETTINGS = dict(EVAL_ONLY="1", ARTIFACT="artifact.ptz", DATA_PATH="data", TOKENIZER_PATH="tokenizer.model",
                 SCORES="scores.npz", RUN_ID="verify", EVAL_SECONDS="0")
-NORMALISATION = dict(EVAL_SEQ_LEN="64", EVAL_STRIDE="64")  # each document of that probe is one window
+# each document of that probe is one window, or a chunk and one more token: adapters that learn from what is scored have
+# learned nothing of it yet, those that learn from it first show; SGD runs and stands still
+NORMALISATION = dict(EVAL_SEQ_LEN="64", EVAL_STRIDE="64", EVAL_CHUNK="63", TTT_LR="0", TTT_EPOCHS="1")
+# a stream reads, and adapters learn from, one document after another
+ONE_ROW = dict(nproc=1, EVAL_ROWS="1", VAL_BATCH_SIZE="1")
 NOT_CHECKED = """verify: not checked:
   that training took at most 600 s, evaluation 600 s, and on which hardware; the times are the run's own
   that training read no validation text, and all shards it names; nor seeds, and how many runs were not shown
   that the tokenizer and the validation shards are the official ones, beyond documents and bytes
   scores that learn from targets already scored: causality shows no use of a target before its score, not the order of
-    updates inside the process
+    updates inside the process; nor what a clock left unlearned, EVAL_SECONDS=0 stops no learning
+  with TTT: isolation (it runs without TTT), probabilities after a step of learning (normalisation sees none), and with
+    SGD, whose schedule depends on the length of the text, truncation after its first step
   probes beyond their places: the first --probe-tokens tokens, a few cuts, one border, one context of 63 tokens
   that the script does not notice that it is probed and behave differently then
   what the script reads outside its folder: files at absolute paths, the network; the Python packages it imports"""
@@ -107,8 +113,8 @@ def read_scores(path: Path, label: str) -> SimpleNamespace:
     return scores
 
 
-def execute(job, ids=None, **overrides) -> SimpleNamespace:
-    """Scores these tokens (None = the validation shards as they are) in a new process: its scores, log, status, error.
+def execute(job, ids=None, nproc=None, **overrides) -> SimpleNamespace:
+    """Scores these tokens (None = the validation shards as they are) in new processes: scores, log, status, error.
     Raises: RuntimeError with the last line of its errors if it wrote no scores."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -122,8 +128,9 @@ def execute(job, ids=None, **overrides) -> SimpleNamespace:
         if ids is not None and job.sidecar:  # rewritten text has bytes that nobody knows, and only nats are compared
             write_shard(folder / "data" / "fineweb_val_bytes_000000.bin", np.ones_like(ids))
         env = {name: value for name, value in os.environ.items() if INHERITED.fullmatch(name)} | SETTINGS | overrides
-        ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={job.nproc}"]
-        command = [sys.executable, *(ranks if ids is None and job.nproc > 1 else []), "train_gpt.py"]
+        nproc = nproc or job.nproc
+        ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+        command = [sys.executable, *(ranks if nproc > 1 else []), "train_gpt.py"]
         result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
         errors = [line for line in result.stderr.splitlines() if re.search(r"(?<!ChildFailed)Error\b", line)]
         error = (errors or result.stderr.strip().splitlines() or [""])[-1]
@@ -185,7 +192,7 @@ def claimed_bpb(job, own: str) -> Iterator[tuple[str, float, float]]:
     spread *= own != "re-run"
     lines = re.findall(r"^audit: \w+ (?:passed|FAILED) (\{.*\})$", job.run.log, re.M)
     full = [value for line in lines if (value := json.loads(line).get("val_bpb")) is not None]
-    rounded = re.findall(r"^final_\w+_sliding_window_exact val_loss:\S+ val_bpb:(\S+)$", job.run.log, re.M)
+    rounded = re.findall(r"^final_(?!\w*_roundtrip_)\w+_exact val_loss:\S+ val_bpb:(\S+)$", job.run.log, re.M)
     if full:
         yield "log, full precision", full[-1], 1e-9 + spread
     yield "log, 8 decimals", float(rounded[-1]) if rounded else math.nan, 5.001e-9 + spread
@@ -215,21 +222,32 @@ def compare(a: np.ndarray, b: np.ndarray, tolerance: float, text: str) -> tuple[
 
 
 def plan_probes(job) -> tuple[bool, str]:
-    """What the probes need: evaluation lengths, as the program logs them, and the text to rewrite.
-    Raises: ValueError if the text is too short for the windows of the evaluation."""
-    found = dict(re.findall(r"^  (eval_seq_len|eval_stride): (\d+)$", job.run.log, re.M))
-    job.T, job.stride = int(found.get("eval_seq_len", 2048)), int(found.get("eval_stride", 64))
-    job.text = job.ids[: min(max(job.probe_tokens, 3 * job.T), len(job.ids) * 3 // 4)]
+    """What the probes need: how the evaluation reads and learns, as the program logs it, and the text to rewrite.
+    Raises: ValueError if the text is too short for the windows or chunks of the evaluation."""
+    found = dict(re.findall(r"^  (eval_\w+|ttt\w*|train_seq_len): ?(.*)$", job.run.log, re.M))
+    job.stream, job.ttt = found.get("eval_mode") == "stream", found.get("ttt", "")
+    lengths = ("eval_chunk", "eval_chunk") if job.stream else ("eval_seq_len", "eval_stride")
+    job.T, job.stride = (int(found.get(name, 2048)) for name in lengths)
+    job.phases = int(found.get("ttt_phases", 0)) if job.ttt else 0
+    rows = job.nproc * int(found.get("train_seq_len", 2048))  # of whole ones SGD makes a chunk; 0 = no SGD
+    whole = max(1, int(found.get("ttt_chunk_tokens", 32768)) // rows) * rows
+    job.sgd_chunk = whole if job.ttt == "sgd" or job.phases else 0
+    job.document = 2 * job.T + job.T // 2 if job.stream else job.T  # tokens of one that a probe lays out
+    job.needed = 4 * job.document * (job.phases + 1) + 3 * job.sgd_chunk if job.ttt else 0  # by the cuts with TTT
+    job.text = job.ids[: min(max(job.probe_tokens, 3 * job.T, job.needed), len(job.ids) * 3 // 4)]
     if len(job.text) < 3 * job.T - 64:
-        raise ValueError(f"{len(job.ids)} validation tokens are too few for probes of 3 x EVAL_SEQ_LEN={job.T}")
-    return True, f"{len(job.text)} tokens, {(job.text == BOS).sum()} documents, windows of {job.T}, stride {job.stride}"
+        raise ValueError(f"{len(job.ids)} validation tokens are too few for probes of 3 x {lengths[0].upper()}={job.T}")
+    reads = f"stream in chunks of {job.T}" if job.stream else f"windows of {job.T}, stride {job.stride}"
+    learns = f", TTT={job.ttt}" + f", SGD on chunks of {job.sgd_chunk}, {job.phases} phases" * bool(job.sgd_chunk)
+    return True, f"{len(job.text)} tokens, {(job.text == BOS).sum()} documents, {reads}" + learns * bool(job.ttt)
 
 
-def base(job) -> np.ndarray:
-    """nats of the probe's text as it is."""
-    if job.base is None:
-        job.base = execute(job, job.text).scores.nats
-    return job.base
+def nats_of(job, ids: np.ndarray, **how) -> np.ndarray:
+    """nats of these tokens, scored once for all the probes that compare with them; how: as of `execute`."""
+    key = ids.tobytes(), *sorted(how.items())
+    if key not in job.known:
+        job.known[key] = execute(job, ids, **how).scores.nats
+    return job.known[key]
 
 
 def rewritten(job, ids: np.ndarray, start: int, end: int) -> np.ndarray:
@@ -240,39 +258,88 @@ def rewritten(job, ids: np.ndarray, start: int, end: int) -> np.ndarray:
     return out
 
 
+def laid_out(job, n: int) -> np.ndarray:
+    """n tokens of the validation text, again and again if it is too short, as documents of job.document tokens."""
+    ids = np.resize(job.ids[job.ids != BOS], n)
+    ids[:: job.document] = BOS
+    return ids
+
+
+def settings_of(how: dict) -> str:
+    return f" ({text})" if (text := " ".join(f"{k}={v}" for k, v in how.items() if k.isupper())) else ""
+
+
 def probe_truncation(job) -> tuple[bool, str]:
-    """The validation text ends early; its last window starts elsewhere and is left out."""
-    n = len(job.text) - 1 - job.T
-    return compare(job.run.scores.nats[:n], base(job)[:n], job.tolerance,
-                   f"text cut off after {len(job.text)} of {len(job.ids)} tokens")
+    """The validation text ends early. The last of the windows starts elsewhere, and what it scores is left out; a
+    stream loses nothing but what is cut off. SGD follows a schedule that depends on the length of the text."""
+    n, text = len(job.text) - 1, f"text cut off after {len(job.text)} of {len(job.ids)} tokens"
+    end = n if job.stream else job.T + (n - job.T) // job.stride * job.stride
+    if job.sgd_chunk:
+        end = min(end, job.sgd_chunk if job.ttt == "sgd" else -(-n // (job.phases + 1)))
+        text += ", scores before the first step of SGD (the length sets the others' schedule: they are not checked)"
+    return compare(job.run.scores.nats[:end], nats_of(job, job.text)[:end], job.tolerance, text)
+
+
+def cuts(job) -> Iterator[tuple[np.ndarray, int, dict]]:
+    """(text, cut, how it is scored), without TTT. The first cut is in the first window of the text as it is; what
+    follows it is one document, cut again and again, since a state that comes from the future is forgotten at the next
+    document. Odd cuts lie inside chunks and strides, those at multiples of 64 between them."""
+    T, n, zone = job.T, len(job.text), job.T + -(-job.T // job.stride) * job.stride
+    odd = min((zone + job.stride // 2) | 1, (n - 8) | 1)
+    places, ids = ((3 * T // 4) | 1, (T + zone) // 128 * 64, odd, (odd + n) // 128 * 64), job.text
+    for k in sorted({k for k in places if places[0] <= k < n}):
+        yield ids, k, {}
+        ids = rewritten(job, ids, k, n)
+
+
+def learning_cuts(job) -> Iterator[tuple[np.ndarray, int, dict]]:
+    """(text, cut, how it is scored), with TTT. Each cut lies inside what is learned from at once, so that a target
+    before it moves if that is learned from before it is scored, or scored again. One more lies where SGD has learned.
+    A stream reads documents side by side, of which the later ones may teach the earlier ones nothing, and then one
+    after another: a cut in the first chunk of a document, where adapters are warm, one in the second of the next."""
+    T, D, chunk, n = job.T, job.document, job.sgd_chunk, job.needed
+    if not job.stream:
+        text, first = job.text if len(job.text) >= n else np.resize(job.ids, n), 3 * min(T, chunk) // 4 | 1
+        yield text, first, {}
+        yield rewritten(job, text, first, len(text)), ((T + chunk) // chunk + 1) * chunk + chunk // 2 | 1, {}
+        return
+    yield job.text, len(job.text) * 3 // 4 | 1, {}
+    yield laid_out(job, n), D + T // 4 | 1, ONE_ROW
+    yield laid_out(job, n), 2 * D + T + T // 2 | 1, ONE_ROW
+    if chunk:
+        learned = max(chunk * (job.ttt == "sgd"), job.phases * -(-(n - 1) // (job.phases + 1)))
+        border = -(-learned // D) * D  # SGD has learned from what lies before; the cut is inside the next of its chunks
+        yield laid_out(job, n), (border + (border + 8) // chunk * chunk + chunk) // 2 | 1, ONE_ROW
 
 
 def probe_future(job) -> tuple[bool, str]:
-    """The first cut is in the first window of the text as it is; what follows it is one document, cut again and again,
-    since a state that comes from the future is forgotten at the next document. Odd cuts lie inside chunks and strides,
-    those at multiples of 64 between them."""
-    T, n, zone = job.T, len(job.text), job.T + -(-job.T // job.stride) * job.stride
-    odd = min((zone + job.stride // 2) | 1, (n - 8) | 1)
-    cuts = (3 * T // 4) | 1, (T + zone) // 128 * 64, odd, (odd + n) // 128 * 64
-    ids, nats, results = job.text, base(job), []
-    for k in sorted({k for k in cuts if cuts[0] <= k < n}):
-        ids, before = rewritten(job, ids, k, n), nats
-        nats = execute(job, ids).scores.nats
-        results.append(compare(before[: k - 1], nats[: k - 1], job.tolerance, f"tokens from {k} on replaced"))
+    """All tokens from a cut on are replaced: no score of a target before it moves. With TTT: how far it had moved them
+    by then, against the same text without it; 0 = there was nothing to find."""
+    results = []
+    for ids, k, how in learning_cuts(job) if job.ttt else cuts(job):
+        before, after = (nats_of(job, text, **how)[: k - 1] for text in (ids, rewritten(job, ids, k, len(ids))))
+        results.append(compare(before, after, job.tolerance,
+                               f"tokens from {k} of {len(ids)} on replaced{settings_of(how)}"))
         if not results[-1][0]:
             break
+    else:
+        if job.ttt:
+            taught = np.abs(before - nats_of(job, ids, **how | dict(TTT=""))[: k - 1]).max()
+            results.append((True, f"TTT had moved them by up to {taught:.3g}"))
     return all(passed for passed, _ in results), "; ".join(figures for _, figures in results)
 
 
 def probe_isolation(job) -> tuple[bool, str]:
-    """All that comes before one document, near the middle of the text, becomes another document."""
+    """All that comes before one document, near the middle of the text, becomes another document. A stream reads them
+    in one row, and nothing is learned: from an earlier document a later one may learn."""
     borders = np.flatnonzero(job.text[:-1] == BOS)[1:]
     if not len(borders):
         raise ValueError(f"one document in {len(job.text)} tokens, raise --probe-tokens")
     border = int(borders[np.abs(borders - len(job.text) // 2).argmin()])
-    nats = execute(job, rewritten(job, job.text, 1, border)).scores.nats
-    return compare(base(job)[border:], nats[border:], job.isolation_tolerance,
-                   f"all tokens before the document at {border} replaced")
+    how = (ONE_ROW if job.stream else {}) | (dict(TTT="") if job.ttt else {})
+    before, after = (nats_of(job, ids, **how)[border:] for ids in (job.text, rewritten(job, job.text, 1, border)))
+    return compare(before, after, job.isolation_tolerance,
+                   f"all tokens before the document at {border} replaced{settings_of(how)}")
 
 
 def probe_normalisation(job) -> tuple[bool, str]:
@@ -280,15 +347,26 @@ def probe_normalisation(job) -> tuple[bool, str]:
     V = job.sp.vocab_size()
     context = np.append(BOS, job.text[job.text != BOS][:62])
     ids = np.append(np.column_stack((np.tile(context, (V, 1)), np.arange(V))), BOS)
-    nats = execute(job, ids, **NORMALISATION).scores.nats
+    nats = nats_of(job, ids, **NORMALISATION)
     total = math.fsum(np.exp(-nats[len(context) - 1 :: len(context) + 1][:V]))
-    settings = " ".join(f"{name}={value}" for name, value in NORMALISATION.items())
     return (abs(total - 1) <= job.normalisation_tolerance, f"probabilities of {V} ids sum to {total:.9f}, "
-            f"{job.normalisation_tolerance:g} allowed ({settings})")
+            f"{job.normalisation_tolerance:g} allowed{settings_of(NORMALISATION)}")
+
+
+def probe_rows(job) -> tuple[bool, str]:
+    """Adapters learn from the scored targets of their own row. Documents of one length alternate between two rows; the
+    second is replaced: the other row, whose first document ends where it begins, does not move."""
+    D, how = job.document, dict(nproc=1, EVAL_ROWS="2", VAL_BATCH_SIZE=str(2 * job.T), TTT_PHASES="0")
+    ids, row = laid_out(job, 6 * D), np.arange(6 * D - 1) // D % 2
+    before, after = (nats_of(job, text, **how) for text in (ids, rewritten(job, ids, D + 1, 2 * D)))
+    learned = np.abs(before - after)[3 * D :][row[3 * D :] == 1].max()
+    passed, figures = compare(before[row == 0], after[row == 0], job.tolerance,
+                              f"document 2 of 6 in two rows replaced{settings_of(how)}: in the other row")
+    return passed, f"{figures}; in its own row, where that is learned from, by {learned:.3g}"
 
 
 PROBES = dict(truncation=probe_truncation, future=probe_future, isolation=probe_isolation,
-              normalisation=probe_normalisation)
+              normalisation=probe_normalisation, rows=probe_rows)
 
 
 def attempt(job, name: str, check, *args) -> bool:
@@ -316,6 +394,7 @@ def verify(job) -> None:
             attempt(job, f"{prefix}bytes", check_bytes, scores)
             attempt(job, f"{prefix}score", check_score, scores)
     if job.probes and attempt(job, "probes", plan_probes):
+        job.probes = [name for name in job.probes if name != "rows" or job.ttt == "lora"]
         for name in job.probes:
             attempt(job, name, PROBES[name])
 
@@ -330,8 +409,9 @@ def parse(argv) -> SimpleNamespace:
     parser.add_argument("--submission", type=Path, help="submission.json of the run")
     parser.add_argument("--scores", type=Path, help="score file that the run wrote")
     parser.add_argument("--probes", nargs="*", choices=PROBES, default=list(PROBES), help="default all; alone: none")
-    parser.add_argument("--probe-tokens", type=int, default=8192, help="at least 3 x EVAL_SEQ_LEN are taken")
-    parser.add_argument("--nproc", type=int, default=1, help="ranks that score the validation shards; probes take one")
+    parser.add_argument("--probe-tokens", type=int, default=8192,
+                        help="more are taken if windows, chunks or what SGD learns from ask for them")
+    parser.add_argument("--nproc", type=int, default=1, help="ranks; with TTT, scores depend on their number")
     parser.add_argument("--tolerance", type=float, default=0.0, help="nats, between two processes")
     parser.add_argument("--isolation-tolerance", type=float, default=0.0, help="nats, after another document")
     parser.add_argument("--normalisation-tolerance", type=float, default=1e-4)
@@ -341,7 +421,7 @@ def parse(argv) -> SimpleNamespace:
 def main(argv=None) -> int | str:
     """The exit status: 0 if all checks pass, 1 if one fails, or a line about the input that cannot be used."""
     job = parse(argv)
-    job.run, job.base, job.passed = None, None, []
+    job.run, job.known, job.passed = None, {}, []
     try:
         read_text(job)
         job.claims = read_submission(job.submission)
@@ -350,7 +430,7 @@ def main(argv=None) -> int | str:
         return f"verify: error: {error}"
     verify(job)
     left_out = " ".join(name for name in PROBES if name not in job.probes)
-    print(NOT_CHECKED + f"\n  probes that were not asked for: {left_out}" * bool(left_out))
+    print(NOT_CHECKED + f"\n  probes not asked for, or (rows) without TTT=lora: {left_out}" * bool(left_out))
     failed = job.passed.count(False)
     print(f"verify: {len(job.passed)} checks, {failed} FAILED" if failed else f"verify: all {len(job.passed)} passed")
     return int(failed > 0)
