@@ -4,6 +4,7 @@
     python tools/bench.py --size          # parameters and estimated artifact bytes of every preset, on the meta device
     python tools/bench.py --throughput    # training tokens/s of PRESET, without its curriculum, and the matmul floor
     python tools/bench.py --presets       # each preset at toy size: same parameters, same tokens of DATA_PATH, seeds
+    python tools/bench.py --evaluation    # ARTIFACT scored by windows, as a stream and with test-time training
 """
 
 import argparse
@@ -18,6 +19,7 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -132,6 +134,7 @@ TOY = dict(
     vocab_size=1024, data_path="./data/datasets/demo", tokenizer_path="./data/tokenizers/demo_1024_bpe.model",
     train_batch_tokens=1536, train_seq_len=512, eval_seq_len=512, eval_stride=256, val_batch_size=4096, gdn_heads=2,
     gdn_head_dim=64, num_heads=2, num_kv_heads=1, max_wallclock_seconds=0.0, eval_seconds=0.0, warmup_steps=1,
+    eval_mode="sliding", ttt="",
     ema_decay=0.95, gptq_calibration_batches=16, matrix_clip_sigmas=6.0, mlp_clip_sigmas=6.0, embed_clip_sigmas=12.0,
 )
 
@@ -156,19 +159,26 @@ def toy(preset: str, target: int, tokens: int) -> tuple[dict, int]:
     return settings | dict(model_dim=width, iterations=round(tokens / per_step)), parameters(build(width))
 
 
+def run_output(name: str, settings: dict[str, str], folder) -> str:
+    """What train_gpt.py prints in a process of its own, in `folder`. settings: beside those of the environment.
+    Raises: RuntimeError with `name` and the end of the output of a run that fails."""
+    run = subprocess.run([sys.executable, t.__file__], cwd=folder, env=os.environ | settings, capture_output=True,
+                         text=True)
+    if run.returncode:
+        raise RuntimeError(f"{name}: {run.stdout[-1000:]}{run.stderr[-1000:]}")
+    return run.stdout
+
+
 def toy_run(preset: str, settings: dict, seed: int) -> tuple[float, float]:
-    """One run in a process of its own. Returns bits per byte of the artifact and training tokens per second."""
+    """One run. Returns bits per byte of the artifact and training tokens per second."""
     settings = {name.upper(): str(value) for name, value in settings.items()} | dict(PRESET=preset, SEED=str(seed))
     data = {name: str(Path(os.environ.get(name, settings[name])).resolve()) for name in ("DATA_PATH", "TOKENIZER_PATH")}
     with tempfile.TemporaryDirectory() as folder:
-        run = subprocess.run([sys.executable, t.__file__], cwd=folder, env=os.environ | settings | data,
-                             capture_output=True, text=True)
-    if run.returncode:
-        raise RuntimeError(f"{preset}, seed {seed}: {run.stdout[-1000:]}{run.stderr[-1000:]}")
-    tokens = int(re.search(r'"of_them_needed": (\d+)', run.stdout)[1])
+        out = run_output(f"{preset}, seed {seed}", settings | data, folder)
+    tokens = int(re.search(r'"of_them_needed": (\d+)', out)[1])
     tokens -= int(settings["GPTQ_CALIBRATION_BATCHES"]) * int(settings["TRAIN_BATCH_TOKENS"])
-    train_ms = int(re.findall(r"val_bpb:\S+ train_time:(\d+)ms", run.stdout)[-1])
-    return float(re.findall(r"_exact val_loss:\S+ val_bpb:(\S+)", run.stdout)[-1]), 1000 * tokens / train_ms
+    train_ms = int(re.findall(r"val_bpb:\S+ train_time:(\d+)ms", out)[-1])
+    return float(re.findall(r"_exact val_loss:\S+ val_bpb:(\S+)", out)[-1]), 1000 * tokens / train_ms
 
 
 def bench_presets(args) -> None:
@@ -193,6 +203,85 @@ def bench_presets(args) -> None:
         better = [b - a for a, b in zip(scores["record"], scores[other], strict=True)]
         print(f"record better than {other} by {statistics.mean(better):+.4f}, by seed: "
               + " ".join(f"{x:+.4f}" for x in better))
+
+
+EVALUATIONS = {  # by name, what the mode needs in the environment
+    "non-overlapping": "EVAL_MODE=sliding EVAL_STRIDE={eval_seq_len}",
+    "sliding-64": "EVAL_MODE=sliding EVAL_STRIDE=64",
+    "stream": "EVAL_MODE=stream",
+    "stream+sgd": "EVAL_MODE=stream TTT=sgd",
+    "stream+lora": "EVAL_MODE=stream TTT=lora",
+    "stream+lora+phases": "EVAL_MODE=stream TTT=lora TTT_PHASES=2",
+}
+UNLESS_NAMED = dict(EVAL_ONLY="1", EVAL_SECONDS="0", TTT="", TTT_PHASES="0")
+OFFSETS = np.array([0, *(2**i for i in range(6, 14))])  # where the buckets of the curve begin
+
+
+def evaluation_run(name: str, settings: dict[str, str], folder: Path) -> tuple[float, float]:
+    """Bits per byte and seconds of the final pass. The log is logs/NAME.txt in the folder, the scores are NAME.npz."""
+    settings = UNLESS_NAMED | settings
+    out = run_output(name, settings | dict(RUN_ID=name, SCORES=str(folder / f"{name}.npz")), folder)
+    label = "sliding_window" if settings["EVAL_MODE"] == "sliding" else "stream"
+    label += f"_ttt_{settings['TTT']}" if settings["TTT"] else ""
+    final = re.search(rf"^(final_int\d_{label}) .* eval_time:(\d+)ms\n\1_exact .* val_bpb:(\S+)$", out, re.M)
+    return float(final[3]), int(final[2]) / 1000
+
+
+def by_offset(scores, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Targets, and their bits per byte, in each bucket of the offset of a target from its document's BOS. A BOS has the
+    offset 0 and no bytes: what the end of a document costs stands in the first bucket, of the document that begins.
+    scores: nats, bytes, position as of SCORES; starts: the positions of all BOS."""
+    position = scores["position"]
+    offset = position - starts[np.searchsorted(starts, position, side="right") - 1]
+    bucket, n = np.searchsorted(OFFSETS, offset, side="right") - 1, len(OFFSETS)
+    nats, total_bytes = (np.bincount(bucket, scores[name], n) for name in ("nats", "bytes"))
+    return np.bincount(bucket, minlength=n), nats / math.log(2) / np.where(total_bytes, total_bytes, np.nan)
+
+
+def print_rows(chosen: dict[str, str], results: dict[str, tuple[float, float]]) -> None:
+    """The table of modes; without sliding-64 there is nothing to compare with."""
+    print("| mode | settings | val_bpb | to sliding-64 | seconds | speed |\n|---|---|--:|--:|--:|--:|")
+    base = results.get("sliding-64")
+    for name, (bpb, took) in results.items():
+        gain, speed = (f"{bpb - base[0]:+.4f}", f"{base[1] / took:.2f}x") if base else ("-", "-")
+        print(f"| {name} | `{chosen[name]}` | {bpb:.4f} | {gain} | {took:.2f} | {speed} |")
+
+
+def print_curve(results: list[str], folder: Path, starts: np.ndarray) -> None:
+    """Bits per byte by position in the document, of the scores in the folder; buckets without targets are left out."""
+    curves = []
+    for name in results:
+        with np.load(folder / f"{name}.npz") as scores:
+            curves.append(by_offset(scores, starts))
+    print(f"\n| offset | targets | {' | '.join(results)} |\n|--:|--:|{'--:|' * len(results)}")
+    ends = [f"-{end - 1}" for end in OFFSETS[1:]] + ["+"]
+    for start, end, count, *bits in zip(OFFSETS, ends, curves[0][0], *(bits for _, bits in curves), strict=True):
+        if count:
+            print(f"| {start}{end} | {count:,} | {' | '.join(f'{x:.4f}' for x in bits)} |")
+
+
+def bench_evaluation(args) -> None:
+    saved = t.load_artifact(os.environ.get("ARTIFACT", t.Hyperparameters.artifact), "cpu")[1]
+    hp = t.Hyperparameters.from_env(os.environ | UNLESS_NAMED, base=saved)
+    files = "artifact", "data_path", "tokenizer_path"  # runs are in another folder
+    paths = {name.upper(): str(Path(getattr(hp, name)).resolve()) for name in files}
+    chosen = {name: settings.format(eval_seq_len=hp.eval_seq_len)
+              for number, (name, settings) in enumerate(EVALUATIONS.items(), 1)
+              if not args.rows or {str(number), name} & {*args.rows}}
+    stream = t.TokenStream(hp.data_path, "val", hp.vocab_size)
+    starts = np.flatnonzero(stream.read(0, len(stream)).numpy() == t.BOS_ID)
+    shared = " ".join(f"{name.upper()}={value}" for name, value in vars(hp).items()
+                      if re.match(r"eval_(seq_len|chunk|rows)|ttt_(?!phases)", name))
+    print(f"{Path(hp.artifact).name} on {Path(hp.data_path).name}, {len(starts):,} documents, "
+          f"{len(stream) - 1:,} targets, {t.DEVICE.type}; all with {shared}\n", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, results = Path(args.folder or temporary).resolve(), {}
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, settings in chosen.items():
+            results[name] = evaluation_run(name, paths | dict(pair.split("=") for pair in settings.split()), folder)
+            print(f"{name}: {results[name][0]:.4f} in {results[name][1]:.1f} s", file=sys.stderr)
+        print_rows(chosen, results)
+        print_curve([*results], folder, starts)
 
 
 def bench_throughput(args) -> None:
@@ -225,11 +314,14 @@ def bench_throughput(args) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    for bench in (bench_delta, bench_size, bench_throughput, bench_presets):
+    for bench in (bench_delta, bench_size, bench_throughput, bench_presets, bench_evaluation):
         what.add_argument(f"--{bench.__name__[6:]}", dest="bench", action="store_const", const=bench)
     parser.add_argument("--runs", type=int, default=10, help="timed runs, after 3 of warm-up")
     parser.add_argument("--tokens", type=int, default=614_400, help="that each toy is trained on")
     parser.add_argument("--seeds", type=int, default=3, help="of record, transformer and baseline; the others have one")
+    parser.add_argument("--rows", nargs="+", choices=[*map(str, range(1, len(EVALUATIONS) + 1)), *EVALUATIONS],
+                        help="of the evaluation, by number or name; default: all")
+    parser.add_argument("--folder", help="where the evaluation leaves its logs and scores; default: nowhere")
     args = parser.parse_args()
     args.bench(args)
 
