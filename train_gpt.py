@@ -431,8 +431,8 @@ def gated_delta_rule(q, k, v, g, beta, initial_state=None) -> tuple[Tensor, Tens
         initial_state = k.new_zeros(B, H, K, v.shape[-1], dtype=torch.float32)
     return (fla_gated_delta_rule if k.is_cuda else torch_gated_delta_rule)(q, k, v, g, beta, initial_state)[:2]
 
-def torch_gated_delta_rule(q, k, v, g, beta, initial_state, chunk: int = 32) -> tuple[Tensor, Tensor]:
-    """The chunked form in plain torch: chunk by chunk, all tokens of one at once. 32 is the fastest on a CPU.
+def torch_gated_delta_rule(q, k, v, g, beta, initial_state, chunk: int = 64) -> tuple[Tensor, Tensor]:
+    """The chunked form in plain torch: chunk by chunk, all tokens of one at once. 64 is the fastest on a CPU.
     float32 inside, or float64 for float64 inputs."""
     inner = torch.promote_types(v.dtype, torch.float32)
     inputs = q * k.shape[-1] ** -0.5, k, v, g, beta.unsqueeze(-1)

@@ -82,7 +82,7 @@ def bench_delta(args) -> None:
     errors = [((a - b).norm() / b.norm()).item() for a, b in zip(ours(), naive(), strict=True)]
     mine, theirs = median_seconds([ours, naive], args.runs)
     peak = matmul_flops_per_second(torch.float32)
-    floor = 3 * delta_flops(B, T, H, K, K, 32) / peak  # a backward is two forwards
+    floor = 3 * delta_flops(B, T, H, K, K, 64) / peak  # a backward is two forwards
     print(f"gated_delta_rule B {B} T {T} H {H} K = V = {K}, forward + backward, {t.DEVICE.type}, float32")
     print(f"  ours {1000 * mine:.1f} ms  fla naive chunk {1000 * theirs:.1f} ms  ratio {theirs / mine:.2f}x")
     print(f"  relative error of o, state, dq, dk, dv, dg, dbeta: {' '.join(f'{e:.1e}' for e in errors)}")
