@@ -232,7 +232,7 @@ PRESETS: dict[str, dict] = {
         layout="G2 S G2 S=2", model_dim=128, mlp_mult=3.0, gdn_heads=2, num_heads=2, num_kv_heads=1, window_size=256,
         ngram_vocab_size=4096, ngram_dim=64, max_wallclock_seconds=150.0, gptq_reserve_seconds=6.0, warmup_steps=2,
         ema_decay=0.95, train_log_every=50, gptq_calibration_batches=24, matrix_clip_sigmas=6.0, mlp_clip_sigmas=6.0,
-        embed_bits=8, embed_clip_sigmas=12.0, ttt_lora_lr=0.003, ttt_lora_rank=8, ttt_lora_alpha=16.0),
+        embed_bits=8, embed_clip_sigmas=12.0, eval_rows=8, ttt_lora_lr=0.003, ttt_lora_rank=8, ttt_lora_alpha=16.0),
     "baseline": SP1024 | dict(  # the competition's naive baseline: its shape, trained and packed as the others
         layout="A9", unet_skips=True, mlp_mult=2.0, rope_dims=64, qk_gain_init=1.5, xsa=False, smear_dims=0,
         train_seq_len=1024, eval_seq_len=1024, eval_mode="sliding", ttt=""),
