@@ -394,8 +394,7 @@ class TrainLoader:
         self.pool.shutdown()
         self.stream.shards.clear()
 
-def documents(tokens: np.ndarray) -> list[np.ndarray]:
-    """The documents of a stream, each from its BOS on."""
+def documents(tokens: np.ndarray) -> list[np.ndarray]:  # of a stream, each from its BOS on
     return np.split(tokens, np.flatnonzero(tokens == BOS_ID))[1:]
 
 def grad_accum_steps(hp: Hyperparameters) -> int:
@@ -1229,17 +1228,18 @@ def probe(audit: Audit, hp: Hyperparameters, tokens: Tensor, model: GPT, nats_of
     moved = max((rewritten - before)[: k - 1].abs().max().item() for k, rewritten in zip(cuts, after, strict=True))
     audit.check("causality", moved == 0, rewritten_from=cuts, earlier_scores_moved_by=moved)
 
-    border = min(T // 4 + 5, T)  # in the middle of a chunk
-    one, two = (path(torch.cat((first[:border], bos, text[border + 1 :])))[0] for first in (text, other))
-    moved = (one - two)[border:].abs().mean().item()
-    audit.check("isolation", moved <= (0 if exact else 0.02), next_document_moved_by=moved)  # fla's sums are rounded
-
     n = min(T, 40 if exact else 80)  # across a border between chunks
     rows = text[:n].repeat(n + 1, 1)
     rows[1:].diagonal().copy_(other[:n])
     logits = model(rows)
     moved = (logits[1:] - logits[:1]).abs().amax(-1).tril(-1).max().item()  # row i has another token i
     audit.check("target", moved <= (1e-4 if exact else 0.1), targets=n, distribution_before_it_moved_by=moved)
+
+    border = WORLD_SIZE * (size := min(T // (4 * WORLD_SIZE) + 5, T))  # one document of every row of every rank
+    text[::size] = other[::size] = BOS_ID  # all end within chunks
+    one, two = (path(torch.cat((first[:border], text[border:])))[0] for first in (text, other))
+    moved = (one - two)[border:].abs().mean().item()
+    audit.check("isolation", moved <= (0 if exact else 0.02), next_document_moved_by=moved)  # fla's sums are rounded
 
     n = min(T, 8) if exact else T  # on CUDA the shape of the final pass, already compiled
     x = torch.cat((bos, text))[:n].repeat(max(1, hp.val_batch_size // n), 1)

@@ -886,3 +886,27 @@ def test_what_cannot_be_scored_so_is_refused(env, name):
 ], ids=str)
 def test_what_can_be_scored_is_not_refused(env):
     Hyperparameters.from_env(env)
+
+
+# -----------------------------------------------------------------------------
+# the audit's probes on ranks
+
+
+@pytest.mark.parametrize("stride", [0, 8], ids=["stream", "sliding"])
+@pytest.mark.parametrize("world_size", [1, 2, 3], ids="ranks_{}".format)
+@pytest.mark.parametrize("leaks", [False, True], ids=["isolated", "leaking"])
+def test_a_document_that_runs_into_the_next_is_seen_on_all_ranks(small, lively, monkeypatch, world_size, stride, leaks):
+    """Documents that follow each other lie on different ranks: each rank needs two of its own."""
+    hp = small(layout="G", ngram_vocab_size=0, smear_dims=0)
+    model, tokens = lively(GPT(hp)), text_of(*TEXT)
+    if leaks:
+        monkeypatch.setattr(train_gpt, "RESET_LOG_DECAY", 0.0)
+
+    def run():
+        own, found = copy.deepcopy(model), {}
+        audit = SimpleNamespace(check=lambda name, passed, **_: found.setdefault(name, bool(passed)))
+        nats = score(scorer(own), tokens, hp, stride)[0]
+        train_gpt.probe(audit, hp, tokens, own, scorer(own), nats, stride)
+        return found["isolation"]
+
+    assert in_lockstep(monkeypatch, world_size, run) == [not leaks] * world_size

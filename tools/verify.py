@@ -35,7 +35,7 @@ SETTINGS = dict(EVAL_ONLY="1", ARTIFACT="artifact.ptz", DATA_PATH="data", TOKENI
 # learned nothing of it yet, those that learn from it first show; SGD runs and stands still
 NORMALISATION = dict(EVAL_SEQ_LEN="64", EVAL_STRIDE="64", EVAL_CHUNK="63", TTT_LR="0", TTT_EPOCHS="1")
 # a stream reads, and adapters learn from, one document after another
-ONE_ROW = dict(nproc=1, EVAL_ROWS="1", VAL_BATCH_SIZE="1")
+ONE_ROW = dict(nproc=1, EVAL_ROWS="1")
 NOT_CHECKED = """verify: not checked:
   that training took at most 600 s, evaluation 600 s, and on which hardware; the times are the run's own
   that training read no validation text, and all shards it names; nor seeds, and how many runs were not shown
@@ -356,7 +356,7 @@ def probe_normalisation(job) -> tuple[bool, str]:
 def probe_rows(job) -> tuple[bool, str]:
     """Adapters learn from the scored targets of their own row. Documents of one length alternate between two rows; the
     second is replaced: the other row, whose first document ends where it begins, does not move."""
-    D, how = job.document, dict(nproc=1, EVAL_ROWS="2", VAL_BATCH_SIZE=str(2 * job.T), TTT_PHASES="0")
+    D, how = job.document, dict(nproc=1, EVAL_ROWS="2", TTT_PHASES="0")
     ids, row = laid_out(job, 6 * D), np.arange(6 * D - 1) // D % 2
     before, after = (nats_of(job, text, **how) for text in (ids, rewritten(job, ids, D + 1, 2 * D)))
     learned = np.abs(before - after)[3 * D :][row[3 * D :] == 1].max()
