@@ -1,10 +1,13 @@
-"""data/prepare.py: shards, tokenizer, demo corpus, own text, and the download against a hub that is a folder."""
+"""data/prepare.py: shards, overlap of the splits, tokenizer, demo corpus, own text, and the
+download against a hub that is a folder."""
 
 import io
 import json
 import lzma
 import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import brotli
@@ -13,6 +16,8 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 import zstandard
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 import prepare  # noqa: E402
@@ -32,6 +37,10 @@ def documents_of(tokens):
 def normalised(sp, text):
     """nmt_nfkc as the model applies it, with real spaces."""
     return sp.normalize(text).replace("\u2581", " ")
+
+
+def overlap(found, total):
+    return {"validation_documents_in_training": found, "validation_documents": total}
 
 
 def contents(folder):
@@ -80,7 +89,10 @@ def test_demo_is_prose_of_a_useful_size(documents):
 def test_demo_train_and_val_share_no_paragraph(documents):
     train, val = prepare.split_demo(documents)
     assert train + val and set(train).isdisjoint(val)
-    paragraphs = [{" ".join(p.split()) for text in texts for p in text.split("\n\n")} for texts in (train, val)]
+    paragraphs = [
+        {" ".join(p.split()) for text in texts for p in text.split("\n\n")}
+        for texts in (train, val)
+    ]
     assert paragraphs[0].isdisjoint(paragraphs[1])
     assert sum(len(text.encode()) for text in val) >= prepare.DEMO_VAL_BYTES
 
@@ -111,9 +123,14 @@ def test_demo_figures_can_be_recomputed(demo, model):
         assert stats[split]["documents"] == np.count_nonzero(tokens == prepare.BOS)
         assert stats[split]["bytes"] == len(text)
         assert stats[split]["bytes_per_token"] == pytest.approx(len(text) / len(tokens), abs=1e-4)
-    sizes = {"brotli-11": len(brotli.compress(text, quality=11, lgwin=24)),
-             "xz-9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))}
-    assert stats["val_compressor_bpb"] == {name: round(8 * size / len(text), 4) for name, size in sizes.items()}
+    assert stats["overlap"] == overlap(0, stats["val"]["documents"])
+    sizes = {
+        "brotli-11": len(brotli.compress(text, quality=11, lgwin=24)),
+        "xz-9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),
+    }
+    assert stats["val_compressor_bpb"] == {
+        name: round(8 * size / len(text), 4) for name, size in sizes.items()
+    }
 
 
 def test_demo_tokenizer_has_the_competition_settings(model, documents, tmp_path):
@@ -124,7 +141,9 @@ def test_demo_tokenizer_has_the_competition_settings(model, documents, tmp_path)
     assert sp.encode("2024", out_type=str) == list("2024")
     assert not sp.encode("the", out_type=str)[0].startswith("\u2581")
     train, _ = prepare.split_demo(documents)
-    assert prepare.train_tokenizer(train, 1024, tmp_path / "again").read_bytes() == model.read_bytes()
+    assert (
+        prepare.train_tokenizer(train, 1024, tmp_path / "again").read_bytes() == model.read_bytes()
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -135,21 +154,26 @@ def test_shard_header_and_body(tmp_path):
     path, tokens = tmp_path / "a.bin", np.array([1, 5, 65535, 256], dtype=np.uint16)
     prepare.write_shard(path, tokens)
     data = path.read_bytes()
-    assert data[:12] == (20240520).to_bytes(4, "little") + (1).to_bytes(4, "little") + (4).to_bytes(4, "little")
+    assert data[:12] == (20240520).to_bytes(4, "little") + (1).to_bytes(4, "little") + (4).to_bytes(
+        4, "little"
+    )
     assert data[12:1024] == bytes(1012)
     assert data[1024:] == b"\x01\x00\x05\x00\xff\xff\x00\x01"
     assert prepare.verify_shard(path) == 4
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
 
 
-@pytest.mark.parametrize("damage, found, expected", [
-    (lambda data: data[:-2], "found 1042 bytes", "expected 1044"),
-    (lambda data: data + b"\0", "found 1045 bytes", "expected 1044"),
-    (lambda data: data[:100], "found 100 bytes", "expected 1044"),
-    (lambda data: b"", "found magic 0, version 0", "expected 20240520, 1"),
-    (lambda data: b"<html>" + data[6:], "found magic 1836345404", "expected 20240520, 1"),
-    (lambda data: data[:4] + b"\2" + data[5:], "version 2", "expected 20240520, 1"),
-])
+@pytest.mark.parametrize(
+    "damage, found, expected",
+    [
+        (lambda data: data[:-2], "found 1042 bytes", "expected 1044"),
+        (lambda data: data + b"\0", "found 1045 bytes", "expected 1044"),
+        (lambda data: data[:100], "found 100 bytes", "expected 1044"),
+        (lambda data: b"", "found magic 0, version 0", "expected 20240520, 1"),
+        (lambda data: b"<html>" + data[6:], "found magic 1836345404", "expected 20240520, 1"),
+        (lambda data: data[:4] + b"\2" + data[5:], "version 2", "expected 20240520, 1"),
+    ],
+)
 def test_verify_shard_names_file_found_and_expected(tmp_path, damage, found, expected):
     path = tmp_path / "fineweb_val_000000.bin"
     prepare.write_shard(path, np.arange(10))
@@ -174,6 +198,91 @@ def test_write_shards_refuses_ids_outside_the_vocabulary(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+# -----------------------------------------------------------------------------
+# overlap of the splits
+
+
+def write_shards(folder, split, shards):
+    for index, tokens in enumerate(shards):
+        prepare.write_shard(folder / f"fineweb_{split}_{index:06d}.bin", np.array(tokens, int))
+
+
+def slow_documents(shards):
+    """(tokens, numbers of the shards they stand in) of each document of the whole text."""
+    documents = []
+    for number, shard in enumerate(shards):
+        for token in shard:
+            if token == 1:
+                documents.append(([], set()))
+            if documents:
+                documents[-1][0].append(token)
+                documents[-1][1].add(number)
+    return documents
+
+
+def slow_overlap(val, train):
+    """(documents found, documents, number of the first training shard with one)."""
+    val = [document for document, _ in slow_documents(val)]
+    train = [(document, max(where)) for document, where in slow_documents(train) if len(where) == 1]
+    found = [document for document in val if document in [other for other, _ in train]]
+    return len(found), len(val), next((where for other, where in train if other in found), None)
+
+
+SHARDS = st.lists(st.lists(st.sampled_from([1, 1, 5, 257]), min_size=1, max_size=12), min_size=1)
+
+
+@given(SHARDS, SHARDS)
+@settings(deadline=None, max_examples=300)
+@example([[1, 5, 6, 1, 7]], [[1, 5, 6]])
+@example([[1, 5, 6, 1, 7]], [[1, 5], [6, 1, 7]])  # the border cuts the first
+@example([[1, 5, 1, 7]], [[1, 5], [6, 1, 8]])  # what stands before the border is not a document
+@example([[1, 5, 1, 7]], [[1, 5], [1, 6]])  # this border cuts nothing
+@example([[1, 5, 1, 7]], [[5, 1, 7, 1, 5], [5], [5, 1]])
+@example([[1, 5], [6, 1], [7, 1, 8]], [[1, 5, 6, 1, 7, 1, 9]])  # borders in the validation text
+@example([[1, 5, 1, 6, 1, 5]], [[1, 5]])  # twice in the validation text
+@example([[1, 5, 1, 6]], [[1, 5, 1, 5], [1, 5]])  # three times in the training text
+@example([[1, 1, 5]], [[1, 6, 1, 1, 7]])  # an empty document
+@example([[1, 1, 5]], [[1, 6, 1], [7]])  # its BOS belongs to a longer one
+@example([[1, 5, 6]], [[1, 5], [1, 5, 6, 7], [6, 1, 6, 5]])  # neither part nor order is enough
+@example([[1, 257]], [[1, 1, 257]])  # bytes alike: 01 00 01 01
+@example([[5, 6]], [[1, 5]])  # no validation document
+def test_overlap_is_that_of_a_slow_search(val, train):
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(Path(folder), "val", val)
+        write_shards(Path(folder), "val_bytes", train)
+        write_shards(Path(folder), "train", train)
+        found, total, first = prepare.find_overlap(Path(folder))
+    assert (found, total, first and int(first[-10:-4])) == slow_overlap(val, train)
+
+
+@pytest.mark.parametrize("total, allowed", [(20, 1), (39, 1), (40, 2), (140, 7), (19, 0), (1, 0)])
+def test_five_percent_may_overlap_and_no_document_more(tmp_path, total, allowed):
+    documents = [[1, 10 + i, 9] for i in range(total)]
+    write_shards(tmp_path, "val", documents)
+    write_shards(tmp_path, "train", [[1, 8], sum(documents[:allowed], [1])])
+    assert prepare.measure_overlap(tmp_path, "remedy") == overlap(allowed, total)
+    write_shards(tmp_path, "train", [[1, 8], sum(documents[: allowed + 1], [1])])
+    message = (
+        f"{allowed + 1} of {total} validation documents .* the first in fineweb_train_000001.bin; "
+        "at most 5 % may: remedy$"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare.measure_overlap(tmp_path, "remedy")
+
+
+def test_overlap_refuses_a_bad_shard(tmp_path):
+    write_shards(tmp_path, "val", [[1, 5]])
+    write_shards(tmp_path, "train", [[1, 6], [1, 7]])
+    path = tmp_path / "fineweb_train_000001.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="fineweb_train_000001.bin: found 1027 bytes"):
+        prepare.find_overlap(tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# files and tokenizer
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.json"
     prepare.write_json(path, {"old": 1})
@@ -182,15 +291,26 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert json.loads(path.read_text()) == {"old": 1}
 
 
-@pytest.mark.parametrize("text, options, message", [
-    ("abcabdacd" * 5, {}, "no piece for a lone space"),
-    ("a b c a b d", {"bos_id": 2, "eos_id": 1}, "found BOS id 2; expected 1"),
-])
+@pytest.mark.parametrize(
+    "text, options, message",
+    [
+        ("abcabdacd" * 5, {}, "no piece for a lone space"),
+        ("a b c a b d", {"bos_id": 2, "eos_id": 1}, "found BOS id 2; expected 1"),
+    ],
+)
 def test_unfit_tokenizers_are_refused(tmp_path, text, options, message):
     stream = io.BytesIO()
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter([text] * 20), model_writer=stream, model_type="bpe", vocab_size=270, byte_fallback=True,
-        hard_vocab_limit=False, add_dummy_prefix=False, pad_id=0, unk_id=3, minloglevel=2,
+        sentence_iterator=iter([text] * 20),
+        model_writer=stream,
+        model_type="bpe",
+        vocab_size=270,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        add_dummy_prefix=False,
+        pad_id=0,
+        unk_id=3,
+        minloglevel=2,
         **{"bos_id": 1, "eos_id": 2} | options,
     )
     path = tmp_path / "unfit.model"
@@ -202,14 +322,19 @@ def test_unfit_tokenizers_are_refused(tmp_path, text, options, message):
 # -----------------------------------------------------------------------------
 # own text
 
-TEXTS = [f"Document {i}: " + " ".join(f"{i * j} apples and {j} pears" for j in range(1, 30)) for i in range(60)]
+TEXTS = [
+    f"Document {i}: " + " ".join(f"{i * j} apples and {j} pears" for j in range(1, 30))
+    for i in range(60)
+]
 
 
 def write_jsonl(path, texts):
     data = "".join(json.dumps({"text": text, "source": "test"}) + "\n" for text in texts).encode()
     if path.suffix == ".zst":
-        parameters = zstandard.ZstdCompressionParameters(window_log=28)  # over the decompressor's default limit
-        with zstandard.ZstdCompressor(compression_params=parameters).stream_writer(open(path, "wb")) as writer:
+        # over the decompressor's default limit
+        parameters = zstandard.ZstdCompressionParameters(window_log=28)
+        compressor = zstandard.ZstdCompressor(compression_params=parameters)
+        with compressor.stream_writer(open(path, "wb")) as writer:
             writer.write(data)
     else:
         path.write_bytes(data)
@@ -217,7 +342,9 @@ def write_jsonl(path, texts):
 
 
 def shard_docs(root, docs, *options):
-    prepare.main(["--docs", str(docs), "--name", "own", "--output-root", str(root), *map(str, options)])
+    prepare.main(
+        ["--docs", str(docs), "--name", "own", "--output-root", str(root), *map(str, options)]
+    )
     return root / "datasets/own"
 
 
@@ -226,14 +353,29 @@ def test_jsonl_and_zst_give_the_same_shards(tmp_path, model):
     plain = shard_docs(tmp_path / "a", write_jsonl(tmp_path / "docs.jsonl", TEXTS), *options)
     packed = shard_docs(tmp_path / "b", write_jsonl(tmp_path / "docs.jsonl.zst", TEXTS), *options)
     assert contents(plain) == contents(packed) and len(contents(plain)) > 5
-    assert json.loads((plain / "stats.json").read_text()) == json.loads((packed / "stats.json").read_text())
+    assert json.loads((plain / "stats.json").read_text()) == json.loads(
+        (packed / "stats.json").read_text()
+    )
 
 
 def test_the_first_documents_are_held_out_and_caps_hold(tmp_path, model):
     sp, docs = prepare.load_tokenizer(model), write_jsonl(tmp_path / "docs.jsonl", TEXTS)
-    folder = shard_docs(tmp_path, docs, "--tokenizer", model, "--num-val-docs", 5, "--max-train-docs", 7,
-                        "--max-val-docs", 3)
-    texts = {split: [sp.decode(ids) for ids in documents_of(tokens_of(folder, split))] for split in ("val", "train")}
+    folder = shard_docs(
+        tmp_path,
+        docs,
+        "--tokenizer",
+        model,
+        "--num-val-docs",
+        5,
+        "--max-train-docs",
+        7,
+        "--max-val-docs",
+        3,
+    )
+    texts = {
+        split: [sp.decode(ids) for ids in documents_of(tokens_of(folder, split))]
+        for split in ("val", "train")
+    }
     assert texts == {"val": TEXTS[:3], "train": TEXTS[5:12]}
 
 
@@ -248,25 +390,48 @@ def test_own_tokenizer_is_trained_on_the_training_part_alone(tmp_path):
 
 def test_shards_of_an_earlier_run_are_removed(tmp_path, model):
     docs = write_jsonl(tmp_path / "docs.jsonl", TEXTS)
-    folder = shard_docs(tmp_path, docs, "--tokenizer", model, "--num-val-docs", 5, "--shard-tokens", 500)
+    folder = shard_docs(
+        tmp_path, docs, "--tokenizer", model, "--num-val-docs", 5, "--shard-tokens", 500
+    )
     before = len(contents(folder))
     folder = shard_docs(tmp_path, docs, "--tokenizer", model, "--num-val-docs", 5)
     assert before > 2 == len(contents(folder))
 
 
-@pytest.mark.parametrize("line", ["{oops", "", '["text"]', '{"txt": "a"}', '{"text": 3}', "7", "null", "\xff"])
+@pytest.mark.parametrize(
+    "line", ["{oops", "", '["text"]', '{"txt": "a"}', '{"text": 3}', "7", "null", "\xff"]
+)
 def test_malformed_line_is_named(tmp_path, line):
     path = tmp_path / "docs.jsonl"
-    path.write_bytes(b'{"text": "a"}\n{"text": ""}\n' + line.encode("latin-1") + b'\n{"text": "b"}\n')
-    with pytest.raises(ValueError, match=r"docs.jsonl, line 3: expected a JSON object with a string `text`"):
+    path.write_bytes(
+        b'{"text": "a"}\n{"text": ""}\n' + line.encode("latin-1") + b'\n{"text": "b"}\n'
+    )
+    with pytest.raises(
+        ValueError, match=r"docs.jsonl, line 3: expected a JSON object with a string `text`"
+    ):
         list(prepare.read_documents(path))
 
 
 def test_odd_characters_do_not_crash(tmp_path, model):
-    odd = ["a\0b", "\x00", "\x01\x02\x7f\x85 \u200b\ufeff", "<s> not a control token </s>", "\u2581\u2581x",
-           "\ud83d half", "\U0001f600 \uff46\uff55\uff4c\uff4c \u00bd \ufb01", "line\r\nbreak\ttab", "x" * 50_000]
-    folder = shard_docs(tmp_path, write_jsonl(tmp_path / "docs.jsonl", odd + TEXTS), "--vocab-size", 300,
-                        "--num-val-docs", len(odd))
+    odd = [
+        "a\0b",
+        "\x00",
+        "\x01\x02\x7f\x85 \u200b\ufeff",
+        "<s> not a control token </s>",
+        "\u2581\u2581x",
+        "\ud83d half",
+        "\U0001f600 \uff46\uff55\uff4c\uff4c \u00bd \ufb01",
+        "line\r\nbreak\ttab",
+        "x" * 50_000,
+    ]
+    folder = shard_docs(
+        tmp_path,
+        write_jsonl(tmp_path / "docs.jsonl", odd + TEXTS),
+        "--vocab-size",
+        300,
+        "--num-val-docs",
+        len(odd),
+    )
     sp = prepare.load_tokenizer(tmp_path / "tokenizers/own_300_bpe.model")
     stored = documents_of(tokens_of(folder, "val"))
     assert len(stored) == len(odd)
@@ -280,6 +445,40 @@ def test_train_and_val_must_not_overlap(tmp_path, model):
     with pytest.raises(ValueError, match="validation document 1 is also training document 7"):
         shard_docs(tmp_path, docs, "--tokenizer", model, "--val-docs", val)
     assert not (tmp_path / "datasets/own/stats.json").exists()
+
+
+def spaced(texts):
+    """Other texts of the same tokens: the model collapses spaces."""
+    return [text.replace(" ", "  ") for text in texts]
+
+
+@pytest.mark.parametrize("options", [[], ["--caseops"]])
+def test_documents_of_the_same_tokens_are_counted(tmp_path, capsys, options):
+    docs = write_jsonl(tmp_path / "docs.jsonl", TEXTS[20:] + spaced(TEXTS[:1]))
+    val = write_jsonl(tmp_path / "val.jsonl", TEXTS[:20])
+    folder = shard_docs(tmp_path, docs, "--vocab-size", 300, "--val-docs", val, *options)
+    assert json.loads((folder / "stats.json").read_text())["overlap"] == overlap(1, 20)
+    assert "overlap: 1 of 20 validation documents" in capsys.readouterr().out
+    write_jsonl(docs, TEXTS[20:] + spaced(TEXTS[:2]))
+    message = r"own: 2 of 20 validation documents \(10.0%\) .* take them out of the training text"
+    with pytest.raises(ValueError, match=message):
+        shard_docs(tmp_path, docs, "--vocab-size", 300, "--val-docs", val, *options)
+    assert not (folder / "stats.json").exists()
+
+
+def test_a_leak_ends_the_command_with_one_line(tmp_path, model):
+    docs = write_jsonl(tmp_path / "docs.jsonl", TEXTS[:9] + spaced(TEXTS[:8]))
+    command = [sys.executable, prepare.__file__, "--docs", docs, "--num-val-docs", "9"]
+    command += ["--name", "own", "--tokenizer", model, "--output-root", tmp_path]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    folder = tmp_path / "datasets/own"
+    assert ended.returncode == 1 and not (folder / "stats.json").exists()
+    assert ended.stderr.splitlines()[-1] == (
+        f"prepare.py: {folder}: 8 of 9 validation documents (88.9%) stand in the training shards, "
+        "the first in fineweb_train_000000.bin; at most 5 % may: take them out of the training "
+        "text, or hold out other documents (--val-docs)"
+    )
+    assert "Traceback" not in ended.stderr
 
 
 def test_completeness_mark_is_removed_first_and_written_last(tmp_path, model, monkeypatch):
@@ -302,15 +501,18 @@ def test_a_split_without_text_is_refused(tmp_path, model):
         shard_docs(tmp_path, docs, "--tokenizer", model, "--num-val-docs", len(TEXTS))
 
 
-@pytest.mark.parametrize("arguments", [
-    [],
-    ["--variant", "byte260"],
-    ["--variant", "sp1024", "--demo"],
-    ["--docs", "a.jsonl", "--vocab-size", "300", "--num-val-docs", "1"],
-    ["--docs", "a.jsonl", "--name", "../a", "--vocab-size", "300", "--num-val-docs", "1"],
-    ["--docs", "a.jsonl", "--name", "a", "--num-val-docs", "1"],
-    ["--docs", "a.jsonl", "--name", "a", "--vocab-size", "300"],
-])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--variant", "byte260"],
+        ["--variant", "sp1024", "--demo"],
+        ["--docs", "a.jsonl", "--vocab-size", "300", "--num-val-docs", "1"],
+        ["--docs", "a.jsonl", "--name", "../a", "--vocab-size", "300", "--num-val-docs", "1"],
+        ["--docs", "a.jsonl", "--name", "a", "--num-val-docs", "1"],
+        ["--docs", "a.jsonl", "--name", "a", "--vocab-size", "300"],
+    ],
+)
 def test_command_line_refuses_what_does_not_fit(arguments, capsys):
     with pytest.raises(SystemExit):
         prepare.main(arguments)
@@ -330,7 +532,9 @@ class FakeHub:
         shutil.copy(model, folder / "datasets/tokenizers/official_1024.model")
         for split, count in {"val": 2, "train": 3}.items():
             for index in range(count):
-                prepare.write_shard(self.shard(split, index), np.arange(1, 100 * (index + 1)))
+                tokens = np.arange(1, 100 * (index + 1))  # one document
+                tokens[1:] += split == "train"
+                prepare.write_shard(self.shard(split, index), tokens)
         self.write_manifest()
 
     def shard(self, split, index):
@@ -339,7 +543,11 @@ class FakeHub:
     def write_manifest(self, variant="sp1024", vocab_size=1024, **stats):
         stats = {"files_val": 2, "files_train": 3, "tokens_val": 99 + 199} | stats
         dataset = {"name": f"fineweb10B_{variant}", "tokenizer_name": "sp_bpe", "stats": stats}
-        tokenizer = {"name": "sp_bpe", "vocab_size": vocab_size, "model_path": "tokenizers/official_1024.model"}
+        tokenizer = {
+            "name": "sp_bpe",
+            "vocab_size": vocab_size,
+            "model_path": "tokenizers/official_1024.model",
+        }
         manifest = {"version": "10B", "datasets": [dataset], "tokenizers": [tokenizer]}
         (self.folder / "datasets/manifest.json").write_text(json.dumps(manifest))
 
@@ -375,12 +583,21 @@ def folder(root):
 
 def test_download_fills_the_official_layout(hub, root, folder, model):
     prepare.main(["--variant", "sp1024", "--train-shards", "2", "--output-root", str(root)])
-    shards = [hub.shard("val", 0), hub.shard("val", 1), hub.shard("train", 0), hub.shard("train", 1)]
+    shards = [
+        hub.shard("val", 0),
+        hub.shard("val", 1),
+        hub.shard("train", 0),
+        hub.shard("train", 1),
+    ]
     assert contents(folder) == {shard.name: shard.read_bytes() for shard in shards}
     assert (root / "tokenizers/fineweb_1024_bpe.model").read_bytes() == model.read_bytes()
-    assert json.loads((root / "manifest.json").read_text())["downloaded_from"]["repo_id"] == prepare.OFFICIAL_REPO
+    assert (
+        json.loads((root / "manifest.json").read_text())["downloaded_from"]["repo_id"]
+        == prepare.OFFICIAL_REPO
+    )
     stats = json.loads((folder / "stats.json").read_text())
-    assert stats["val"] == {"tokens": 298, "shards": 2} and stats["train"] == {"tokens": 298, "shards": 2}
+    assert stats["val"] == stats["train"] == {"tokens": 298, "shards": 2}
+    assert stats["overlap"] == overlap(0, 2)
     assert not (folder / ".download").exists()
 
 
@@ -391,7 +608,12 @@ def test_download_fetches_only_what_is_missing_or_bad(hub, root, folder):
     truncated = folder / "fineweb_train_000000.bin"
     truncated.write_bytes(truncated.read_bytes()[:-10])
     prepare.download("sp1024", 2, root)
-    assert hub.asked == ["manifest.json", "official_1024.model", "fineweb_val_000001.bin", "fineweb_train_000000.bin"]
+    assert hub.asked == [
+        "manifest.json",
+        "official_1024.model",
+        "fineweb_val_000001.bin",
+        "fineweb_train_000000.bin",
+    ]
     assert contents(folder) == expected
 
 
@@ -404,9 +626,11 @@ def test_bad_remote_file_is_named_and_leaves_no_mark(hub, root, folder):
         prepare.download("sp1024", 2, root)
     assert not (folder / "stats.json").exists()
     assert not (folder / "fineweb_train_000001.bin").exists()
-    hub.shard("train", 1).write_bytes(good)  # the bad copy in the staging folder must not be taken for a download
+    # the bad copy in the staging folder must not be taken for a download
+    hub.shard("train", 1).write_bytes(good)
     prepare.download("sp1024", 2, root)
-    assert (folder / "stats.json").exists() and (folder / "fineweb_train_000001.bin").read_bytes() == good
+    assert (folder / "stats.json").exists()
+    assert (folder / "fineweb_train_000001.bin").read_bytes() == good
 
 
 def test_mark_is_absent_while_downloading(hub, root, folder, monkeypatch):
@@ -433,15 +657,24 @@ def test_stale_local_manifest_is_never_used(hub, root, folder):
     hub.write_manifest()
     (root / "manifest.json").write_text('{"datasets": "of another repository"}')
     prepare.download("sp1024", 1, root)
-    assert json.loads((root / "manifest.json").read_text())["datasets"][0]["name"] == "fineweb10B_sp1024"
+    assert (
+        json.loads((root / "manifest.json").read_text())["datasets"][0]["name"]
+        == "fineweb10B_sp1024"
+    )
 
 
-@pytest.mark.parametrize("manifest, message", [
-    ({"variant": "sp4096"}, r"has no dataset fineweb10B_sp1024; it has \['fineweb10B_sp4096'\]"),
-    ({"vocab_size": 512}, "has no tokenizer sp_bpe of 1024 pieces"),
-    ({"files_train": 1}, "--train-shards 2: .* has 1 for sp1024"),
-    ({"tokens_val": 300}, "found 298 validation tokens; expected 300"),
-])
+@pytest.mark.parametrize(
+    "manifest, message",
+    [
+        (
+            {"variant": "sp4096"},
+            r"has no dataset fineweb10B_sp1024; it has \['fineweb10B_sp4096'\]",
+        ),
+        ({"vocab_size": 512}, "has no tokenizer sp_bpe of 1024 pieces"),
+        ({"files_train": 1}, "--train-shards 2: .* has 1 for sp1024"),
+        ({"tokens_val": 300}, "found 298 validation tokens; expected 300"),
+    ],
+)
 def test_manifest_that_does_not_fit_is_refused(hub, root, folder, manifest, message):
     hub.write_manifest(**manifest)
     with pytest.raises(ValueError, match=message):
@@ -452,9 +685,37 @@ def test_manifest_that_does_not_fit_is_refused(hub, root, folder, manifest, mess
 def test_shards_of_two_repositories_do_not_mix(hub, root, monkeypatch):
     prepare.download("sp1024", 1, root)
     monkeypatch.setenv("MATCHED_FINEWEB_REPO_ID", "somebody/else")
-    with pytest.raises(ValueError, match="holds shards of .*willdepueoai.* delete it to download from .*somebody/else"):
+    with pytest.raises(
+        ValueError,
+        match="holds shards of .*willdepueoai.* delete it to download from .*somebody/else",
+    ):
         prepare.download("sp1024", 1, root)
     assert hub.repo_id == "somebody/else"
+
+
+def test_a_dataset_without_the_overlap_gets_it(hub, root, folder):
+    new = prepare.download("sp1024", 2, root)
+    old = {key: value for key, value in new.items() if key != "overlap"}
+    prepare.write_json(folder / "stats.json", old)
+    hub.asked.clear()
+    assert prepare.download("sp1024", 2, root) == new
+    assert json.loads((folder / "stats.json").read_text()) == new
+    assert hub.asked == ["manifest.json", "official_1024.model"]  # the shards are in place
+
+
+def test_a_repository_that_leaks_is_refused(hub, root, folder):
+    prepare.download("sp1024", 2, root)
+    shutil.copy(hub.shard("val", 1), hub.shard("train", 2))
+    message = (
+        "fineweb10B_sp1024: 1 of 2 .* the first in fineweb_train_000002.bin; .*"
+        "delete the folder and set MATCHED_FINEWEB_REPO_ID"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare.download("sp1024", 3, root)
+    assert not (folder / "stats.json").exists()
+    with pytest.raises(ValueError, match=message):  # a run reads all shards in the folder
+        prepare.download("sp1024", 2, root)
+    assert not (folder / "stats.json").exists()
 
 
 def test_remote_root_can_be_overridden(hub, root, folder, monkeypatch):
