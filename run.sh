@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# ./run.sh        set up, get data, then train, quantize, pack, reload and score
+# ./run.sh        set up, get data, train, quantize, pack, score, verify, write submission.json
 # ./run.sh test   set up, then run the tests
 #
-# Every hyperparameter is an environment variable (MAX_WALLCLOCK_SECONDS=60 ./run.sh). Without a GPU the preset is
-# `demo`, on text that needs no network. DATA_PATH, if set, is taken as it is; NPROC overrides the number of processes.
+# Every hyperparameter is an environment variable (MAX_WALLCLOCK_SECONDS=60 ./run.sh); SYSTEM names a file
+# of systems/ to run instead of the record. Without a GPU the preset is `demo`, on text that needs no network.
+# DATA_PATH, if set, is taken as it is; NPROC overrides the number of processes.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -20,12 +21,19 @@ python=$venv/bin/python
 
 if [ "${1:-}" = test ]; then
     "$python" -m ruff check .
+    "$python" -m ruff format --check --quiet . || { "$python" -m ruff format --diff --quiet .; exit 1; }
     exec "$python" -m pytest "${@:2}"
 elif [ $# -gt 0 ]; then
     echo "usage: ./run.sh [test [pytest arguments]]; settings are environment variables" >&2
     exit 2
 fi
 
+script=train_gpt.py
+[ -z "${SYSTEM:-}" ] || script=systems/$SYSTEM.py
+if [ ! -f "$script" ]; then
+    echo "SYSTEM=$SYSTEM: no file $script, expected one of" systems/*.py >&2
+    exit 2
+fi
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" = 0 ]; then
     export PRESET=${PRESET:-demo}
@@ -34,8 +42,13 @@ if [ "$gpus" = 0 ]; then
     export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-100000000000}
     export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
 fi
+export RUN_ID=${RUN_ID:-$("$python" -c 'import uuid; print(uuid.uuid4())')}
+{ read -r dataset; read -r tokenizer; read -r artifact; } < <("$python" -c '
+import os, sys
+sys.path.insert(0, "systems")
+hp = __import__(os.environ.get("SYSTEM") or "train_gpt").Hyperparameters.from_env(os.environ)
+print(hp.data_path, hp.tokenizer_path, hp.artifact, sep="\n")')
 if [ -z "${DATA_PATH:-}" ]; then
-    dataset=$("$python" -c 'import os, train_gpt as t; print(t.Hyperparameters.from_env(os.environ).data_path)')
     source="--variant ${dataset##*_}"
     [ "${PRESET:-record}" = demo ] && source=--demo
     # stats.json is written last: a folder without it is not complete, and prepare.py goes on where it stopped
@@ -45,4 +58,12 @@ nproc=1  # 8, 4 or 2 processes share the batch evenly; the demo's is too small t
 for n in 2 4 8; do [ "$gpus" -ge $n ] && [ "${PRESET:-record}" != demo ] && nproc=$n; done
 nproc=${NPROC:-$nproc}
 [ "$nproc" = 8 ] || export EVAL_SECONDS=${EVAL_SECONDS:-0}  # the limit is for 8xH100
-exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" train_gpt.py
+
+run=("$python" -m torch.distributed.run --standalone "--nproc_per_node=$nproc" "$script")
+[ "${EVAL_ONLY:-0}" = 0 ] || exec "${run[@]}"
+rm -f submission.json  # an earlier run's must not pass for this one's
+"${run[@]}"
+log=logs/$RUN_ID
+"$python" tools/verify.py "$artifact" --data "$dataset" --tokenizer "$tokenizer" \
+    --train-script "$script" --log "$log.txt" | tee "$log.verify.txt"
+"$python" tools/record.py "$log.txt" --verified "$log.verify.txt"

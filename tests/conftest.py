@@ -1,7 +1,7 @@
-"""What all tests share: the repository root on the path, CPU arithmetic that repeats, tiny models.
+"""What all tests share: the program on the path, CPU arithmetic that repeats, tiny models.
 
-Tests marked `cuda` run on the GPU and are skipped without one; all others run on the CPU, in float32, also on
-a machine that has a GPU.
+Tests marked `cuda` run on the GPU and are skipped without one; all others run on the CPU, in
+float32, also on a machine that has a GPU.
 """
 
 import sys
@@ -11,18 +11,41 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "systems")]
 
-import train_gpt  # noqa: E402  (the path comes first)
+import train_gpt  # noqa: E402  (the paths come first)
 
 TINY = dict(
-    vocab_size=64, train_batch_tokens=256, train_seq_len=64, grad_accum_steps=1,
-    layout="G2 S G S=2", model_dim=32, mlp_mult=2.0, gdn_heads=2, gdn_head_dim=16,
-    num_heads=2, num_kv_heads=1, head_dim=16, window_size=16, rope_dims=8,
-    ngram_vocab_size=128, ngram_dim=16, smear_dims=8, tied_embed_init_std=0.5,
-    iterations=10, max_wallclock_seconds=0.0, gptq_reserve_seconds=0.0, warmup_steps=1,
-    eval_mode="sliding", eval_seq_len=64, eval_stride=16, val_batch_size=256, eval_chunk=16, eval_rows=4,
-    ttt="", ttt_chunk_tokens=256, ttt_lora_rank=4, ttt_lora_alpha=8.0, ttt_lora_lr=0.003,
+    vocab_size=64,
+    train_batch_tokens=256,
+    train_seq_len=64,
+    grad_accum_steps=1,
+    layout="G2 S G S=2",
+    model_dim=32,
+    mlp_mult=2.0,
+    gdn_heads=2,
+    gdn_head_dim=16,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=16,
+    window_size=16,
+    rope_dims=8,
+    smear_dims=8,
+    tied_embed_init_std=0.5,
+    iterations=10,
+    max_wallclock_seconds=0.0,
+    gptq_reserve_seconds=0.0,
+    warmup_steps=1,
+    eval_mode="sliding",
+    eval_seq_len=64,
+    eval_stride=16,
+    val_batch_size=256,
+    eval_chunk=16,
+    eval_rows=4,
+    ttt="",
+    ttt_lora_rank=4,
+    ttt_lora_alpha=8.0,
+    ttt_lora_lr=0.003,
 )
 
 
@@ -43,8 +66,8 @@ def reproducible(request, monkeypatch):
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if not request.node.get_closest_marker("cuda"):
-        monkeypatch.setattr(train_gpt, "DEVICE", torch.device("cpu"))
-        monkeypatch.setattr(train_gpt, "COMPUTE_DTYPE", torch.float32)
+        monkeypatch.setattr(train_gpt.world, "device", torch.device("cpu"))
+        monkeypatch.setattr(train_gpt.world, "dtype", torch.float32)
 
 
 @pytest.fixture
@@ -61,7 +84,7 @@ def tiny():
 
 @pytest.fixture
 def lively():
-    """lively(model) -> the model with noise on all weights: nothing hides behind a zero or a one."""
+    """lively(model) -> the model with noise on all weights: no zero or one hides anything."""
 
     def enliven(model):
         with torch.no_grad():

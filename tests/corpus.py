@@ -1,4 +1,4 @@
-"""Text, tokenizers and shards made inside the tests: nothing is downloaded, nothing is read from outside.
+"""Text, tokenizers and shards made inside the tests: nothing is downloaded or read from outside.
 
 The tokenizers have the competition's settings, the shards its format; both are written from their
 description, independently of train_gpt.py and data/prepare.py.
@@ -59,18 +59,31 @@ def prose() -> tuple[str, ...]:
 
 @functools.cache
 def tokenizer_model(vocab_size: int = 384, multilingual: bool = False, **options) -> bytes:
-    """A SentencePiece model trained on `prose` with the competition's settings; options as of its trainer.
+    """A SentencePiece model trained on `prose` with the competition's settings; options: its own.
 
-    multilingual: on DOCUMENTS too, often enough that letters of two, three and four bytes become pieces.
+    multilingual: on DOCUMENTS too, so often that letters of two to four bytes become pieces.
     """
     model = io.BytesIO()
     texts = prose() + 50 * tuple(DOCUMENTS.values()) * multilingual
     settings = dict(
-        model_type="bpe", vocab_size=vocab_size, hard_vocab_limit=False, character_coverage=0.999,
-        byte_fallback=True, split_digits=True, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False,
-        pad_id=0, bos_id=BOS, eos_id=2, unk_id=3, minloglevel=2)
+        model_type="bpe",
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        character_coverage=0.999,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="nmt_nfkc",
+        add_dummy_prefix=False,
+        pad_id=0,
+        bos_id=BOS,
+        eos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
     lines = (line for text in texts for line in text.replace("\0", " ").splitlines())
-    spm.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **(settings | options))
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=model, **(settings | options)
+    )
     return model.getvalue()
 
 
@@ -88,9 +101,9 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def edit_pieces(model: bytes, pieces: dict[int, tuple[str, int]]) -> bytes:
-    """The model with the pieces of these ids replaced by (text, type); no trainer option makes UNUSED ones.
+    """The model with the pieces of these ids replaced by (text, type): no option makes UNUSED ones.
 
-    A model is a protobuf message; its field 1, repeated, is a piece: text (1), score (2, float), type (3).
+    A model is a protobuf message; its field 1, repeated, is a piece: text (1), score (2), type (3).
     """
     out, at, index = b"", 0, 0
     while at < len(model):
@@ -121,14 +134,14 @@ def decoded_bytes(sp: spm.SentencePieceProcessor, ids: list[int]) -> int:
 
 
 def write_shard(path, tokens, header=(20240520, 1, None), fill: int = 0) -> None:
-    """An official shard: 256 int32, the first three mean something, then tokens as uint16; little-endian."""
+    """An official shard: 256 int32, of which three mean something, then uint16; little-endian."""
     words = np.full(256, fill, dtype="<i4")
     words[:3] = [len(tokens) if word is None else word for word in header]
     path.write_bytes(words.tobytes() + np.asarray(tokens).astype("<u2").tobytes())
 
 
 def write_corpus(folder, train_tokens: int = 6000, val_tokens: int = 1200) -> dict:
-    """Two training shards, a validation shard, their tokenizer. Returns what a run must be told of them."""
+    """Two training shards, a validation shard, their tokenizer. Returns the settings of a run."""
     model = tokenizer_model()
     ids = document_ids(load(model), *DOCUMENTS.values(), *prose())
     assert len(ids) >= train_tokens + val_tokens
@@ -138,5 +151,8 @@ def write_corpus(folder, train_tokens: int = 6000, val_tokens: int = 1200) -> di
     write_shard(folder / "fineweb_train_000001.bin", train[cut:])
     write_shard(folder / "fineweb_val_000000.bin", val)
     (folder / "tokenizer.model").write_bytes(model)
-    return dict(data_path=str(folder), tokenizer_path=str(folder / "tokenizer.model"),
-                vocab_size=load(model).vocab_size())
+    return dict(
+        data_path=str(folder),
+        tokenizer_path=str(folder / "tokenizer.model"),
+        vocab_size=load(model).vocab_size(),
+    )

@@ -1,4 +1,4 @@
-"""data/prepare.py --caseops: the transform, its tokenizer, and the bytes of each validation token."""
+"""data/prepare.py --caseops: the transform, its tokenizer, the bytes of each validation token."""
 
 import io
 import json
@@ -8,12 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece as spm
-from conftest import TINY
-from corpus import DOCUMENTS, prose, write_shard
+from corpus import DOCUMENTS, prose
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
-import train_gpt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 import prepare  # noqa: E402
@@ -22,40 +19,46 @@ T, A, C, E = "\ue001\ue002\ue003\ue004"
 BYTES = "fineweb_val_bytes_{:06d}.bin"
 
 EVERY_CHARACTER = st.characters(exclude_categories=())  # lone surrogates too
-ODD_CHARACTERS = st.sampled_from(f"abyzABYZ{T}{A}{C}{E} \n\0\x01'1éÉ\u0301\u030cＡｂ\u212a\u0130ﬁ机🙂\u2581@[`{{\ud83d")
+ODD_CHARACTERS = st.sampled_from(
+    f"abyzABYZ{T}{A}{C}{E} \n\0\x01'1éÉ\u0301\u030cＡｂ\u212a\u0130ﬁ机🙂\u2581@[`{{\ud83d"
+)
 TEXT = st.lists(st.text(EVERY_CHARACTER, max_size=5) | st.text(ODD_CHARACTERS)).map("".join)
-READABLE = TEXT.map(lambda text: text.encode("utf-8", "replace").decode())  # what `read_documents` can return
+# what `read_documents` can return
+READABLE = TEXT.map(lambda text: text.encode("utf-8", "replace").decode())
 
 # -----------------------------------------------------------------------------
 # the transform
 
 
-@pytest.mark.parametrize("text, encoded", [
-    ("", ""),
-    ("lower case, 123 é É", "lower case, 123 é É"),
-    ("The", f"{T}the"),
-    ("A", f"{T}a"),
-    ("a A I", f"a {T}a {T}i"),
-    ("Ab aB AB", f"{T}ab a{C}b {A}ab"),
-    ("USA", f"{A}usa"),
-    ("USAs", f"{T}u{C}s{C}as"),
-    ("McDonald", f"{T}mc{C}donald"),
-    ("iPhone", f"i{C}phone"),
-    ("iOS", f"i{C}o{C}s"),
-    ("A1 1A B2B", f"{T}a1 1{T}a {T}b2{T}b"),
-    ("don't DON'T O'Neil", f"don't {A}don'{T}t {T}o'{T}neil"),
-    ("HTML_PARSER", f"{A}html_{A}parser"),
-    ("ÉCOLE École", f"É{A}cole École"),  # ASCII letters only
-    ("\u0130X \u212a ＡＢ", f"\u0130{T}x \u212a ＡＢ"),
-    ("[A]@Z`a{", f"[{T}a]@{T}z`a{{"),  # the neighbours of the letters
-    (f"USA{T}", f"{A}usa{E}{T}"),
-    (f"USA{T}b", f"{A}usa{E}{T}b"),
-    (f"US{A}AB{C}", f"{A}us{E}{A}{A}ab{E}{C}"),
-    (f"{T}A", f"{E}{T}{T}a"),
-    (f"x{E}", f"x{E}{E}"),
-    (f"{T}{A}{C}{E}", f"{E}{T}{E}{A}{E}{C}{E}{E}"),
-    ("A\nB", f"{T}a\n{T}b"),
-])
+@pytest.mark.parametrize(
+    "text, encoded",
+    [
+        ("", ""),
+        ("lower case, 123 é É", "lower case, 123 é É"),
+        ("The", f"{T}the"),
+        ("A", f"{T}a"),
+        ("a A I", f"a {T}a {T}i"),
+        ("Ab aB AB", f"{T}ab a{C}b {A}ab"),
+        ("USA", f"{A}usa"),
+        ("USAs", f"{T}u{C}s{C}as"),
+        ("McDonald", f"{T}mc{C}donald"),
+        ("iPhone", f"i{C}phone"),
+        ("iOS", f"i{C}o{C}s"),
+        ("A1 1A B2B", f"{T}a1 1{T}a {T}b2{T}b"),
+        ("don't DON'T O'Neil", f"don't {A}don'{T}t {T}o'{T}neil"),
+        ("HTML_PARSER", f"{A}html_{A}parser"),
+        ("ÉCOLE École", f"É{A}cole École"),  # ASCII letters only
+        ("\u0130X \u212a ＡＢ", f"\u0130{T}x \u212a ＡＢ"),
+        ("[A]@Z`a{", f"[{T}a]@{T}z`a{{"),  # the neighbours of the letters
+        (f"USA{T}", f"{A}usa{E}{T}"),
+        (f"USA{T}b", f"{A}usa{E}{T}b"),
+        (f"US{A}AB{C}", f"{A}us{E}{A}{A}ab{E}{C}"),
+        (f"{T}A", f"{E}{T}{T}a"),
+        (f"x{E}", f"x{E}{E}"),
+        (f"{T}{A}{C}{E}", f"{E}{T}{E}{A}{E}{C}{E}{E}"),
+        ("A\nB", f"{T}a\n{T}b"),
+    ],
+)
 def test_transform_by_hand(text, encoded):
     assert prepare.encode_case(text) == encoded
     assert prepare.decode_case(encoded) == text
@@ -67,7 +70,13 @@ def test_transform_by_hand(text, encoded):
 def test_transform_is_lossless(text):
     encoded = prepare.encode_case(text)
     assert prepare.decode_case(encoded) == text
-    plain = encoded.replace(E + E, "").replace(E + T, "").replace(E + A, "").replace(E + C, "").replace(E, "?")
+    plain = (
+        encoded.replace(E + E, "")
+        .replace(E + T, "")
+        .replace(E + A, "")
+        .replace(E + C, "")
+        .replace(E, "?")
+    )
     assert not any("A" <= character <= "Z" for character in plain)
     assert "?" in text or "?" not in plain  # every ESC stands before an operator character
 
@@ -80,10 +89,21 @@ def test_any_string_can_be_decoded(text):
     assert prepare.decode_case(prepare.encode_case(decoded)) == decoded
 
 
-@pytest.mark.parametrize("text, decoded", [
-    (E, ""), (T, ""), (f"{A} ab", " ab"), (f"{T}é", "é"), (f"{A}{E}{E}b", f"{E}b"), (f"{T}{T}a", "A"),
-    (f"{E}\nA", "\nA"), (f"{A}ab{C}cd", "ABCd"), (f"{A}ab\u0301cd", "AB\u0301cd"), ("As It Is", "As It Is"),
-])
+@pytest.mark.parametrize(
+    "text, decoded",
+    [
+        (E, ""),
+        (T, ""),
+        (f"{A} ab", " ab"),
+        (f"{T}é", "é"),
+        (f"{A}{E}{E}b", f"{E}b"),
+        (f"{T}{T}a", "A"),
+        (f"{E}\nA", "\nA"),
+        (f"{A}ab{C}cd", "ABCd"),
+        (f"{A}ab\u0301cd", "AB\u0301cd"),
+        ("As It Is", "As It Is"),
+    ],
+)
 def test_decoding_what_the_transform_does_not_write(text, decoded):
     assert prepare.decode_case(text) == decoded
 
@@ -100,7 +120,9 @@ def test_long_runs_take_linear_time():
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     prefix = tmp_path_factory.mktemp("tokenizer") / "prose_500_bpe"
-    return prepare.train_tokenizer(prose() + 50 * tuple(DOCUMENTS.values()), 500, prefix, caseops=True)
+    return prepare.train_tokenizer(
+        prose() + 50 * tuple(DOCUMENTS.values()), 500, prefix, caseops=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -117,13 +139,15 @@ def original(sp, ids):
 
 
 def slow_bytes(sp, ids):
-    """Bytes of each token, from labelled bytes: written from the description of the transform alone."""
+    """Bytes of each token, from labelled bytes: by the description of the transform alone."""
     surface = []  # (byte, token it comes from)
     for number, i in enumerate(ids):
         piece = sp.id_to_piece(i)
         if i == 1:
             continue
-        data = bytes([int(piece[3:5], 16)]) if sp.is_byte(i) else piece.replace("\u2581", " ").encode()
+        data = (
+            bytes([int(piece[3:5], 16)]) if sp.is_byte(i) else piece.replace("\u2581", " ").encode()
+        )
         surface += [(byte, number) for byte in data]
     counts, at, escaped = [0] * len(ids), 0, False
     for character in bytes(byte for byte, _ in surface).decode():
@@ -140,11 +164,25 @@ def slow_bytes(sp, ids):
 
 def test_tokenizer_has_the_operators_after_the_control_pieces(model, sp):
     assert model.name == "prose_500_bpe_caseops.model"
-    assert [sp.id_to_piece(i) for i in range(9)] == ["<pad>", "<s>", "</s>", "<unk>", T, A, C, E, "<0x00>"]
+    assert [sp.id_to_piece(i) for i in range(9)] == [
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        T,
+        A,
+        C,
+        E,
+        "<0x00>",
+    ]
     assert sum(sp.is_byte(i) for i in range(8, 264)) == 256
     pieces = [sp.id_to_piece(i) for i in range(264, sp.vocab_size())]
-    assert not any(character in f"ABCDEFGHIJKLMNOPQRSTUVWXYZ{T}{A}{C}{E}" for character in "".join(pieces))
-    assert sp.encode(f"{T}the {A}the", out_type=str)[0] == T and sp.encode("2024", out_type=str) == list("2024")
+    assert not any(
+        character in f"ABCDEFGHIJKLMNOPQRSTUVWXYZ{T}{A}{C}{E}" for character in "".join(pieces)
+    )
+    assert sp.encode(f"{T}the {A}the", out_type=str)[0] == T and sp.encode(
+        "2024", out_type=str
+    ) == list("2024")
     assert sp.encode(f"{T}the")[1:] == sp.encode(f"{A}the")[1:]  # the letters are the same tokens
 
 
@@ -168,72 +206,145 @@ def test_bytes_of_any_text(sp, texts):
             assert original(sp, ids) == prepare.normalised(sp, text)
 
 
-@pytest.mark.parametrize("text", [
-    *DOCUMENTS.values(), "THE End", f"A{E}{T}b {E}{E}{E} {C}", T, "ＡＢｃ", "aＢ", "E\u0301A\u030a", "™s", "A\u3000B",
-], ids=ascii)
+@pytest.mark.parametrize(
+    "text",
+    [
+        *DOCUMENTS.values(),
+        "THE End",
+        f"A{E}{T}b {E}{E}{E} {C}",
+        T,
+        "ＡＢｃ",
+        "aＢ",
+        "E\u0301A\u030a",
+        "™s",
+        "A\u3000B",
+    ],
+    ids=ascii,
+)
 def test_text_is_the_normalised_one(sp, text):
-    ids, = encode(sp, text)
+    (ids,) = encode(sp, text)
     assert original(sp, ids) == sp.normalize(text).replace("\u2581", " ")
     assert prepare.case_bytes(prepare.piece_bytes(sp), ids).tolist() == slow_bytes(sp, ids)
 
 
 def test_bytes_by_hand(sp):
     def counted(text):
-        ids, = encode(sp, text)
+        (ids,) = encode(sp, text)
         pieces = [sp.id_to_piece(i) for i in ids]
-        return list(zip(pieces, prepare.case_bytes(prepare.piece_bytes(sp), ids).tolist(), strict=True))
+        return list(
+            zip(pieces, prepare.case_bytes(prepare.piece_bytes(sp), ids).tolist(), strict=True)
+        )
 
     assert sp.piece_to_id("机") == sp.unk_id() != sp.piece_to_id("é")
-    assert counted("a机é") == [("<s>", 0), ("a", 1), ("<0xE6>", 1), ("<0x9C>", 1), ("<0xBA>", 1), ("é", 2)]
-    assert counted("X 7 Z") == [("<s>", 0), (T, 0), ("x", 1), ("\u2581", 1), ("7", 1), ("\u2581", 1), (T, 0), ("z", 1)]
+    assert counted("a机é") == [
+        ("<s>", 0),
+        ("a", 1),
+        ("<0xE6>", 1),
+        ("<0x9C>", 1),
+        ("<0xBA>", 1),
+        ("é", 2),
+    ]
+    assert counted("X 7 Z") == [
+        ("<s>", 0),
+        (T, 0),
+        ("x", 1),
+        ("\u2581", 1),
+        ("7", 1),
+        ("\u2581", 1),
+        (T, 0),
+        ("z", 1),
+    ]
     assert counted(f"{E}{E}{A}Q{T}") == [
-        ("<s>", 0), (E, 0), (E, 3), (E, 0), (E, 3), (E, 0), (A, 3), (T, 0), ("q", 1), (E, 0), (T, 3)]
+        ("<s>", 0),
+        (E, 0),
+        (E, 3),
+        (E, 0),
+        (E, 3),
+        (E, 0),
+        (A, 3),
+        (T, 0),
+        ("q", 1),
+        (E, 0),
+        (T, 3),
+    ]
     assert counted("") == [("<s>", 0)]
 
 
 def test_bytes_of_operators_that_the_transform_does_not_write(sp):
     table, a = prepare.piece_bytes(sp), sp.piece_to_id("a")
-    for ids in ([1, 7], [1, 7, a], [1, 7, 7], [1, 7, 7, 4, a], [1, 4], [1, 4, 7, 4], [1, 5, 5, a], [1, 6, 7]):
+    for ids in (
+        [1, 7],
+        [1, 7, a],
+        [1, 7, 7],
+        [1, 7, 7, 4, a],
+        [1, 4],
+        [1, 4, 7, 4],
+        [1, 5, 5, a],
+        [1, 6, 7],
+    ):
         counts = prepare.case_bytes(table, ids)
-        assert counts.sum() == len(original(sp, ids).encode()) and counts.tolist() == slow_bytes(sp, ids)
+        assert counts.sum() == len(original(sp, ids).encode()) and counts.tolist() == slow_bytes(
+            sp, ids
+        )
 
 
 def unfit_model(path, **options):
     stream, pieces = io.BytesIO(), {"user_defined_symbols": [T, A, C, E]}
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter([f"{T}a {A}b {C}c {E}d"] * 20), model_writer=stream, model_type="bpe", vocab_size=280,
-        byte_fallback=True, hard_vocab_limit=False, add_dummy_prefix=False, pad_id=0, unk_id=3, minloglevel=2,
-        **(pieces | {"bos_id": 1, "eos_id": 2} | options))
+        sentence_iterator=iter([f"{T}a {A}b {C}c {E}d"] * 20),
+        model_writer=stream,
+        model_type="bpe",
+        vocab_size=280,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        add_dummy_prefix=False,
+        pad_id=0,
+        unk_id=3,
+        minloglevel=2,
+        **(pieces | {"bos_id": 1, "eos_id": 2} | options),
+    )
     path.write_bytes(stream.getvalue())
     return path
 
 
-@pytest.mark.parametrize("options", [
-    {"user_defined_symbols": []},
-    {"user_defined_symbols": [T, A, C]},
-    {"user_defined_symbols": [A, T, C, E]},
-    {"user_defined_symbols": ["x", T, A, C, E]},
-    {"user_defined_symbols": [T, A, C, E, f"{T}a"]},
-    {"user_defined_symbols": [], "control_symbols": [T, A, C, E]},
-], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"user_defined_symbols": []},
+        {"user_defined_symbols": [T, A, C]},
+        {"user_defined_symbols": [A, T, C, E]},
+        {"user_defined_symbols": ["x", T, A, C, E]},
+        {"user_defined_symbols": [T, A, C, E, f"{T}a"]},
+        {"user_defined_symbols": [], "control_symbols": [T, A, C, E]},
+    ],
+    ids=str,
+)
 def test_models_without_the_operators_are_refused(tmp_path, options):
     path = unfit_model(tmp_path / "unfit.model", **options)
-    with pytest.raises(ValueError, match=r"unfit.model: --caseops needs U\+E001 to U\+E004 .*\[4, 5, 6, 7\]"):
+    with pytest.raises(
+        ValueError, match=r"unfit.model: --caseops needs U\+E001 to U\+E004 .*\[4, 5, 6, 7\]"
+    ):
         prepare.load_tokenizer(path, caseops=True)
 
 
 def test_models_with_another_bos_are_refused(tmp_path):
     with pytest.raises(ValueError, match="found BOS id 2; expected 1"):
-        prepare.load_tokenizer(unfit_model(tmp_path / "unfit.model", bos_id=2, eos_id=1), caseops=True)
+        prepare.load_tokenizer(
+            unfit_model(tmp_path / "unfit.model", bos_id=2, eos_id=1), caseops=True
+        )
 
 
 def test_a_model_with_operators_is_refused_for_plain_text(model):
-    with pytest.raises(ValueError, match="prose_500_bpe_caseops.model: has pieces for case operators"):
+    with pytest.raises(
+        ValueError, match="prose_500_bpe_caseops.model: has pieces for case operators"
+    ):
         prepare.load_tokenizer(model)
 
 
 def test_plain_text_may_hold_operator_characters(tmp_path):
-    path = prepare.train_tokenizer([f"{text} {T}{A}{C}{E}" for text in prose()], 500, tmp_path / "plain")
+    path = prepare.train_tokenizer(
+        [f"{text} {T}{A}{C}{E}" for text in prose()], 500, tmp_path / "plain"
+    )
     plain = prepare.load_tokenizer(path)
     assert plain.piece_to_id(T) != plain.unk_id()
     with pytest.raises(ValueError, match="plain.model: --caseops needs"):
@@ -243,8 +354,13 @@ def test_plain_text_may_hold_operator_characters(tmp_path):
 # -----------------------------------------------------------------------------
 # datasets
 
-TEXTS = [f"Document {i}: McDonald's USA, {i} iPhones. " + " ".join(prose()[i : i + 3]) for i in range(60)]
-VAL = [f"NASA {text[::-1]} \U0001f600 É ＡＢＣ" for text in TEXTS[:20]] + [f"A{T}b {E}", *DOCUMENTS.values()]
+TEXTS = [
+    f"Document {i}: McDonald's USA, {i} iPhones. " + " ".join(prose()[i : i + 3]) for i in range(60)
+]
+VAL = [f"NASA {text[::-1]} \U0001f600 É ＡＢＣ" for text in TEXTS[:20]] + [
+    f"A{T}b {E}",
+    *DOCUMENTS.values(),
+]
 
 
 def write_jsonl(path, texts):
@@ -254,8 +370,19 @@ def write_jsonl(path, texts):
 
 def build(root, *options, train=TEXTS, val=VAL, name="own"):
     docs, val_docs = write_jsonl(root / "docs.jsonl", train), write_jsonl(root / "val.jsonl", val)
-    prepare.main(["--docs", str(docs), "--val-docs", str(val_docs), "--name", name, "--output-root", str(root),
-                  *map(str, options)])
+    prepare.main(
+        [
+            "--docs",
+            str(docs),
+            "--val-docs",
+            str(val_docs),
+            "--name",
+            name,
+            "--output-root",
+            str(root),
+            *map(str, options),
+        ]
+    )
     return root / "datasets" / name
 
 
@@ -276,7 +403,9 @@ def test_sidecar_sums_to_the_text_of_each_document(tmp_path, model, sp, shard_to
     folder = build(tmp_path, "--caseops", "--tokenizer", model, "--shard-tokens", shard_tokens)
     shards = sorted(folder.glob("fineweb_val_[0-9]*.bin"))
     sidecars = [folder / shard.name.replace("_val_", "_val_bytes_") for shard in shards]
-    assert sidecars == sorted(folder.glob("fineweb_val_bytes_*.bin")) and not list(folder.glob("*train_bytes*"))
+    assert sidecars == sorted(folder.glob("fineweb_val_bytes_*.bin")) and not list(
+        folder.glob("*train_bytes*")
+    )
     for shard, sidecar in zip(shards, sidecars, strict=True):
         assert shard.read_bytes()[:1024] == sidecar.read_bytes()[:1024]
         assert prepare.verify_shard(sidecar) == prepare.verify_shard(shard)
@@ -306,9 +435,14 @@ def test_training_shards_spell_the_text(tmp_path, model, sp):
 
 
 def test_bytes_are_those_of_the_same_text_without_caseops(tmp_path):
-    plain, cased = build(tmp_path, "--vocab-size", 400, name="plain"), build(tmp_path, "--caseops", "--vocab-size", 400)
+    plain, cased = (
+        build(tmp_path, "--vocab-size", 400, name="plain"),
+        build(tmp_path, "--caseops", "--vocab-size", 400),
+    )
     assert sorted(path.name for path in (tmp_path / "tokenizers").iterdir()) == [
-        "own_400_bpe_caseops.model", "plain_400_bpe.model"]
+        "own_400_bpe_caseops.model",
+        "plain_400_bpe.model",
+    ]
     for split in ("train", "val"):
         assert stats_of(plain)[split]["bytes"] == stats_of(cased)[split]["bytes"]
     assert stats_of(plain)["val_compressor_bpb"] == stats_of(cased)["val_compressor_bpb"]
@@ -316,124 +450,40 @@ def test_bytes_are_those_of_the_same_text_without_caseops(tmp_path):
     assert "sidecar_bytes" not in stats_of(plain)["val"]
 
 
-def test_train_gpt_reads_the_tokens_and_not_the_sidecar(tmp_path, model, sp):
-    folder = build(tmp_path, "--caseops", "--tokenizer", model, "--shard-tokens", 1000)
-    for split in ("train", "val"):
-        stream = train_gpt.TokenStream(str(folder), split, sp.vocab_size())
-        tokens = read(folder.glob(f"fineweb_{split}_[0-9]*.bin"))
-        assert [path.name for path in stream.paths] == sorted(p.name for p in folder.glob(f"fineweb_{split}_[0-9]*"))
-        assert stream.read(0, len(stream)).tolist() == tokens.tolist()
-        starts = {tuple(document[:1]) for document in train_gpt.documents(tokens)}
-        assert starts == {(train_gpt.BOS_ID,)}
-    counts = train_gpt.load_data_shard(folder / BYTES.format(0))
-    assert counts.tolist() == read([folder / BYTES.format(0)]).tolist()
-
-
-@pytest.fixture
-def cased(tmp_path, model, sp, tiny):
-    """Hyperparameters of a tiny run on transformed text; two validation shards at least."""
-    folder = build(tmp_path, "--caseops", "--tokenizer", model, "--shard-tokens", 5000)
-    return tiny(data_path=str(folder), tokenizer_path=str(model), vocab_size=sp.vocab_size())
-
-
-def audited(hp):
-    audit = train_gpt.Audit()
-    train_gpt.audit_data(audit, hp, train_gpt.Validation(hp), None)
-    return audit.checks["bytes"]
-
-
-def test_train_gpt_counts_the_bytes_of_the_original(cased, sp):
-    folder, validation = Path(cased.data_path), train_gpt.Validation(cased)
-    texts = [prepare.normalised(sp, text).encode() for text in VAL if text.strip()]
-    assert validation.text_bytes.tolist() == [*map(len, texts)] and validation.bytes == sum(map(len, texts))
-    sidecar = read(folder.glob("fineweb_val_bytes_*.bin"))
-    assert len(list(folder.glob("fineweb_val_bytes_*.bin"))) > 1
-    assert validation.target_bytes.tolist() == sidecar[1:].tolist()
-    assert audited(cased)["passed"] and audited(cased)["decoded"] == sum(map(len, texts))
-
-
-def test_a_run_on_transformed_text_passes_its_audit(cased, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = "data_path tokenizer_path vocab_size".split()
-    env = {name.upper(): str(value) for name, value in TINY.items()}
-    for name, value in (env | {name.upper(): str(getattr(cased, name)) for name in names}).items():
-        monkeypatch.setenv(name, value)
-    train_gpt.main()
-    train_gpt.log.handlers.clear()
-    submission = json.loads((tmp_path / "submission.json").read_text())
-    assert submission["own_text"]["bytes"] == stats_of(Path(cased.data_path))["val"]["bytes"]
-
-
-def one_byte_moved(folder):
-    path = folder / BYTES.format(0)
-    entries = np.fromfile(path, dtype="<u2")
-    entries[512 + np.flatnonzero(entries[512:])[0]] -= 1
-    entries[-1] += 1
-    path.write_bytes(entries.tobytes())
-
-
-def test_a_byte_moved_to_another_document_fails_the_audit(cased):
-    one_byte_moved(Path(cased.data_path))
-    assert not audited(cased)["passed"]
-
-
-def without_sidecar(folder):
-    for path in folder.glob("fineweb_val_bytes_*.bin"):
-        path.unlink()
-
-
-def one_entry_less(folder):
-    path = sorted(folder.glob("fineweb_val_bytes_*.bin"))[-1]
-    entries = np.fromfile(path, dtype="<u2")
-    count = len(entries) - 512 - 1
-    entries[4:6] = count & 0xFFFF, count >> 16
-    path.write_bytes(entries[:-1].tobytes())
-
-
-@pytest.mark.parametrize("change, message", [
-    (without_sidecar, "0 files fineweb_val_bytes"),
-    (one_entry_less, r"fineweb_val_bytes_000000.bin: \d+ entries, \d+ tokens"),
-], ids=["no sidecar", "one entry less"])
-def test_a_sidecar_that_does_not_fit_is_refused(cased, change, message):
-    change(Path(cased.data_path))
-    with pytest.raises(ValueError, match=message):
-        train_gpt.Validation(cased)
-
-
-def test_a_sidecar_beside_plain_text_is_refused(tmp_path, tiny):
-    folder = build(tmp_path, "--vocab-size", 400, name="plain")
-    write_shard(folder / BYTES.format(0), np.zeros(stats_of(folder)["val"]["tokens"]))
-    with pytest.raises(ValueError, match="1 files fineweb_val_bytes"):
-        train_gpt.Validation(tiny(data_path=str(folder), vocab_size=400,
-                                  tokenizer_path=str(tmp_path / "tokenizers" / "plain_400_bpe.model")))
-
-
-@given(TEXT)
-def test_both_decoders_are_one(text):
-    assert train_gpt.decode_case(text) == prepare.decode_case(text)
-    assert train_gpt.decode_case(prepare.encode_case(text)) == text
-
-
 def test_all_validation_documents_are_used(tmp_path, model):
     val = [f"Number {i}" for i in range(10_050)]
     folder = build(tmp_path, "--caseops", "--tokenizer", model, val=val)
-    assert stats_of(folder)["val"]["documents"] == len(val) == (read(folder.glob("*val_0*.bin")) == 1).sum()
+    assert (
+        stats_of(folder)["val"]["documents"]
+        == len(val)
+        == (read(folder.glob("*val_0*.bin")) == 1).sum()
+    )
 
 
 def test_overlap_of_the_original_texts_is_refused(tmp_path, model):
     with pytest.raises(ValueError, match="validation document 1 is also training document 7"):
         build(tmp_path, "--caseops", "--tokenizer", model, val=["New", f" {TEXTS[7]}\n"])
     assert not (tmp_path / "datasets/own/stats.json").exists()
-    build(tmp_path, "--caseops", "--tokenizer", model, val=[TEXTS[7].upper(), TEXTS[8].lower()])  # other texts
+    build(
+        tmp_path, "--caseops", "--tokenizer", model, val=[TEXTS[7].upper(), TEXTS[8].lower()]
+    )  # other texts
     build(tmp_path, "--caseops", "--tokenizer", model, val=[prepare.encode_case(TEXTS[7])])
 
 
 def test_tokenizer_is_trained_on_the_transformed_training_text(tmp_path):
     val = ["zyzzyva " * 200]
-    build(tmp_path, "--caseops", "--vocab-size", 320, train=["THE Quick McDonald " * 50 + str(i) for i in range(9)],
-          val=val)
+    build(
+        tmp_path,
+        "--caseops",
+        "--vocab-size",
+        320,
+        train=["THE Quick McDonald " * 50 + str(i) for i in range(9)],
+        val=val,
+    )
     sp = prepare.load_tokenizer(tmp_path / "tokenizers/own_320_bpe_caseops.model", caseops=True)
-    assert sp.piece_to_id("quick") > 263 and sp.piece_to_id("Q") == sp.piece_to_id("z") == sp.unk_id()
+    assert (
+        sp.piece_to_id("quick") > 263 and sp.piece_to_id("Q") == sp.piece_to_id("z") == sp.unk_id()
+    )
 
 
 def test_sidecars_of_an_earlier_run_are_removed(tmp_path, model):
@@ -461,8 +511,13 @@ def test_completeness_mark_waits_for_the_sidecar(tmp_path, model, monkeypatch):
 
 def test_wrong_bytes_are_refused_before_the_mark(tmp_path, model, monkeypatch):
     right = prepare.case_bytes
-    monkeypatch.setattr(prepare, "case_bytes", lambda table, ids: right(table, ids) + (np.array(ids) == 4))
-    with pytest.raises(ValueError, match=r"val document 0 \(from 0\): its tokens account for \d+ bytes; expected the"):
+    monkeypatch.setattr(
+        prepare, "case_bytes", lambda table, ids: right(table, ids) + (np.array(ids) == 4)
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"val document 0 \(from 0\): its tokens account for \d+ bytes; expected the",
+    ):
         build(tmp_path, "--caseops", "--tokenizer", model)
     assert not (tmp_path / "datasets/own/stats.json").exists()
 
@@ -485,7 +540,9 @@ def test_a_given_model_must_have_the_operators(tmp_path, model):
 
 
 def test_demo_with_caseops_lies_beside_the_demo(tmp_path, monkeypatch):
-    texts = {f"{i}.py": f"Paragraph {i}. " + " ".join(map(str, range(i, i + 3000))) for i in range(40)}
+    texts = {
+        f"{i}.py": f"Paragraph {i}. " + " ".join(map(str, range(i, i + 3000))) for i in range(40)
+    }
     monkeypatch.setattr(prepare, "installed_prose", lambda: texts)
     for options in ([], ["--caseops"]):
         prepare.main(["--demo", *options, "--output-root", str(tmp_path)])

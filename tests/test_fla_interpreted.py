@@ -1,8 +1,9 @@
-"""The fla Triton kernels that CUDA runs, forward and backward, through our custom op, against the plain torch oracle.
+"""The fla Triton kernels that CUDA runs, both ways, through our custom op, against plain torch.
 
-Without a GPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1), which needs two things that a GPU gives: a
-driver to ask about the device, and loop counters with tensor methods, so a copy of fla drops one cast of them. Slow
-per token, exact in float32, and it covers what a mock cannot: argument order, scaling, layout, the saved tensors.
+Without a GPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1), which needs two things
+that a GPU gives: a driver to ask about the device, and loop counters with tensor methods, so a copy
+of fla drops one cast of them. Slow per token, exact in float32, and it covers what a mock cannot:
+argument order, scaling, layout, the saved tensors.
 """
 
 import importlib.util
@@ -27,7 +28,7 @@ class Driver:  # an H100, as far as fla asks
     get_current_device = staticmethod(lambda: 0)
     get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
     get_device_interface = staticmethod(lambda: torch.cpu)
-    get_benchmarker = staticmethod(lambda: lambda fn, quantiles=None, **_: (fn(), [1.0, 1.0, 1.0])[1])
+    get_benchmarker = staticmethod(lambda: lambda fn, quantiles=None, **_: (fn(), 3 * [1.0])[1])
     get_empty_cache_for_benchmark = staticmethod(lambda: torch.empty(1))
     clear_cache = staticmethod(lambda cache: None)
     utils = types.SimpleNamespace(get_device_properties=lambda device: dict(
@@ -48,17 +49,20 @@ import train_gpt as t
 torch.manual_seed(0)
 B, T, H, K = 2, 100, 2, 16
 q, k = (F.normalize(torch.randn(B, T, H, K), dim=-1) for _ in range(2))
-v, g, beta, state = torch.randn(B, T, H, K), -torch.rand(B, T, H), torch.rand(B, T, H), torch.randn(B, H, K, K)
+v, state = torch.randn(B, T, H, K), torch.randn(B, H, K, K)
+g, beta = -torch.rand(B, T, H), torch.rand(B, T, H)
 g[:, 50] = t.RESET_LOG_DECAY  # a document starts
 inputs = [x.requires_grad_() for x in (q, k, v, g, beta, state)]
 weights = torch.randn(B, T, H, K), torch.randn(B, H, K, K)
 
 def run(function):
     o, final_state = function(*inputs)[:2]
-    return [o, final_state, *torch.autograd.grad((o * weights[0]).sum() + (final_state * weights[1]).sum(), inputs)]
+    loss = (o * weights[0]).sum() + (final_state * weights[1]).sum()
+    return [o, final_state, *torch.autograd.grad(loss, inputs)]
 
-for name, ours, fla in zip("o state dq dk dv dg dbeta dstate".split(), run(t.torch_gated_delta_rule),
-                           run(t.fla_gated_delta_rule)):
+names = "o state dq dk dv dg dbeta dstate".split()
+torch_results, fla_results = run(t.torch_gated_delta_rule), run(t.fla_gated_delta_rule)
+for name, ours, fla in zip(names, torch_results, fla_results, strict=True):
     print(name, ((ours - fla).norm() / ours.norm()).item())
 """
 
@@ -70,9 +74,15 @@ def test_fla_kernels_through_the_custom_op_equal_the_oracle(tmp_path):
     for folder in ("common", "gated_delta_rule"):
         for path in (tmp_path / "fla" / "ops" / folder).glob("*.py"):
             path.write_text(path.read_text().replace("= i_t.to(tl.int64)", "= i_t"))
-    env = os.environ | dict(TRITON_INTERPRET="1", PYTHONPATH=f"{tmp_path}:{ROOT}", HOME=str(tmp_path))
-    result = subprocess.run([sys.executable, "-c", SCRIPT], env=env, cwd=tmp_path, capture_output=True, text=True)
+    env = os.environ | dict(
+        TRITON_INTERPRET="1", PYTHONPATH=f"{tmp_path}:{ROOT}", HOME=str(tmp_path)
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr[-2000:]
-    errors = {name: float(error) for name, error in (line.split() for line in result.stdout.splitlines())}
+    errors = {
+        name: float(error) for name, error in (line.split() for line in result.stdout.splitlines())
+    }
     assert set(errors) == set("o state dq dk dv dg dbeta dstate".split())
     assert max(errors.values()) < 1e-5, errors

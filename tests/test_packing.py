@@ -1,8 +1,8 @@
 """Artifacts: what comes back is what was written, bit for bit, or nothing.
 
-The artifact's format is read and written here a second time, from its description. Loaded weights are
-compared with q * scale of the quantizer's own numbers, damaged files with the promise that each is one
-ValueError that names the file, and what a killed run leaves with what was there before it.
+The artifact's format is read and written here a second time, from its description. Loaded weights
+are compared with q * scale of the quantizer's own numbers, damaged files with the promise that each
+is one ValueError that names the file, and what a killed run leaves with what was there before it.
 """
 
 import hashlib
@@ -14,62 +14,77 @@ import struct
 import subprocess
 import sys
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import brotli
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from corpus import write_corpus
+from toys import SYSTEMS, system, toy
 
 import train_gpt
 from train_gpt import GPT, load_artifact, quantize, save_artifact
 
-SOURCE = Path(train_gpt.__file__)
-HEADER = struct.Struct("<8sQQ32s")  # magic, compressed bytes, body bytes, sha256 of the compressed
+HEADER = struct.Struct("<8s32s")  # magic, sha256 of the compressed bytes behind it
 
 
 def read_artifact(path) -> tuple[dict, bytes]:
     """The JSON head and the rest of the body."""
     raw = path.read_bytes()
-    magic, size, body_size, digest = HEADER.unpack_from(raw)
+    magic, digest = HEADER.unpack_from(raw)
     data = raw[HEADER.size :]
-    assert magic == b"GDNSWA16" and len(data) == size and hashlib.sha256(data).digest() == digest
+    assert magic == b"GDNSWA17" and hashlib.sha256(data).digest() == digest
     body = brotli.decompress(data)
-    assert len(body) == body_size
     end = 4 + struct.unpack_from("<I", body)[0]
     return json.loads(body[4:end]), body[end:]
 
 
-def write_artifact(path, head, values: bytes, data=None, body_size=None) -> None:
+def write_artifact(path, head, values: bytes, data=None) -> None:
     """An artifact with a right checksum, whatever is in it. head: bytes, or what JSON takes."""
     head = head if isinstance(head, bytes) else json.dumps(head).encode()
     body = struct.pack("<I", len(head)) + head + values
     data = brotli.compress(body, quality=1) if data is None else data
-    body_size = len(body) if body_size is None else body_size
-    digest = hashlib.sha256(data).digest()
-    path.write_bytes(HEADER.pack(b"GDNSWA16", len(data), body_size, digest) + data)
+    path.write_bytes(HEADER.pack(b"GDNSWA17", hashlib.sha256(data).digest()) + data)
+
+
+CLIPPED = dict(matrix_clip_sigmas=2.0, embed_clip_sigmas=4.0)  # so that 6 and 7 bits are used up
+
+
+def pack_of(name: str, folder, lively):
+    """(path, model, what the quantizer made of it) of a system."""
+    hp = toy(name, **CLIPPED)
+    model = lively(system(name).GPT(hp))
+    quantized = quantize(model)
+    path = folder / "model.ptz"
+    save_artifact(path, model, hp, quantized)
+    return path, model, quantized
+
+
+def load_of(name: str, path):
+    return load_artifact(path, "cpu", system(name).Hyperparameters, system(name).GPT)
 
 
 @pytest.fixture
 def packed(tmp_path, tiny, lively):
-    """(path, model, what the quantizer made of it), clipped, so that all 6 and all 8 bits are used."""
-    hp = tiny(matrix_clip_sigmas=2.0, embed_clip_sigmas=4.0)
+    """(path, model, what the quantizer made of it), all 6 and all 7 bits used."""
+    hp = tiny(**CLIPPED)
     model = lively(GPT(hp))
-    quantized = quantize(model, hp)
+    quantized = quantize(model)
     path = tmp_path / "model.ptz"
     save_artifact(path, model, hp, quantized)
     return path, model, quantized
 
 
-# -----------------------------------------------------------------------------
-# round trip
+# ---- round trip
 
 
-def test_weights_come_back_bit_for_bit(packed):
-    path, model, quantized = packed
-    loaded = dict(load_artifact(path, "cpu")[0].named_parameters())
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_weights_come_back_bit_for_bit(tmp_path, lively, name):
+    path, model, quantized = pack_of(name, tmp_path, lively)
+    loaded = dict(load_of(name, path)[0].named_parameters())
     assert list(loaded) == [name for name, _ in model.named_parameters()]
     for name, p in model.named_parameters():
         if name in quantized:
@@ -105,21 +120,25 @@ def test_the_file_is_what_its_description_says(packed):
     """Read without train_gpt.py: JSON, int8 values, then float16 values."""
     path, model, quantized = packed
     head, values = read_artifact(path)
-    params = dict(model.named_parameters())
-    assert [row[:2] for row in head["tensors"]] == [[name, list(p.shape)] for name, p in params.items()]
+    assert head.keys() == {"system", "config"}
     ints, halves = [], []
-    for name, _, is_int in head["tensors"]:
-        if is_int:
+    for name, p in model.named_parameters():
+        if name in quantized:
             ints.append(quantized[name][0].numpy().ravel())
-        halves.append(quantized[name][1].numpy() if is_int else params[name].detach().half().numpy().ravel())
+            halves.append(quantized[name][1].numpy())
+        else:
+            halves.append(p.detach().half().numpy().ravel())
     ints, halves = np.concatenate(ints), np.concatenate(halves)
+    assert ints.dtype == np.int8 and halves.dtype == np.float16
     assert values[: len(ints)] == ints.tobytes()
     assert values[len(ints) :] == halves.tobytes()
 
 
-def test_shared_weights_are_stored_once(packed):
-    """A quantized tensor takes a byte a value and a scale a row, another two bytes a value, none twice."""
-    path, model, quantized = packed
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_shared_weights_are_stored_once(tmp_path, lively, name):
+    """A quantized tensor takes a byte a value and a scale a row, another two bytes a value, none
+    twice."""
+    path, model, quantized = pack_of(name, tmp_path, lively)
     tensors, expected = {}, 0
     for name, p in model.named_parameters(remove_duplicate=False):
         tensors.setdefault(p.data_ptr(), (p, []))[1].append(name)
@@ -137,16 +156,28 @@ def test_shared_modules_are_one_object_after_loading(packed):
 
 
 def test_hyperparameters_come_back(tmp_path, tiny):
-    hp = tiny(seed=5, mlp_mult=1.5, xsa=False, layout="G A S", matrix_bits=5, rope_base=1234.5, eval_stride=7,
-              max_wallclock_seconds=float("inf"), run_id="not stored", author="nobody")
+    hp = tiny(
+        seed=5,
+        mlp_mult=1.5,
+        xsa=False,
+        layout="G A S",
+        matrix_bits=5,
+        rope_base=1234.5,
+        eval_stride=7,
+        max_wallclock_seconds=float("inf"),
+        run_id="not stored",
+        scores="nobody",
+    )
     save_artifact(tmp_path / "a.ptz", GPT(hp), hp)
     back = load_artifact(tmp_path / "a.ptz", "cpu")[1]
-    run = dict.fromkeys(("run_id", "author", "github_id", "artifact", "eval_only", "scores"))
+    run = dict.fromkeys(("run_id", "artifact", "eval_only", "scores"))
     assert asdict(back) | run == asdict(hp) | run
     for name, value in asdict(hp).items():
         assert type(getattr(back, name)) is type(value)
     text = json.dumps(read_artifact(tmp_path / "a.ptz")[0])
-    assert "not stored" not in text and "nobody" not in text, "who ran it must not change the artifact"
+    assert "not stored" not in text and "nobody" not in text, (
+        "who ran it must not change the artifact"
+    )
 
 
 def test_the_same_model_gives_the_same_file(tmp_path, tiny, lively):
@@ -163,7 +194,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 import train_gpt
 torch.set_num_threads(1)
-train_gpt.DEVICE, train_gpt.COMPUTE_DTYPE = torch.device("cpu"), torch.float32
+train_gpt.world.device, train_gpt.world.dtype = torch.device("cpu"), torch.float32
 model, _ = train_gpt.load_artifact(sys.argv[2], "cpu")
 sys.stdout.buffer.write(model(torch.arange(1, 61)[None] % 64).detach().numpy().tobytes())
 """
@@ -172,13 +203,19 @@ sys.stdout.buffer.write(model(torch.arange(1, 61)[None] % 64).detach().numpy().t
 def test_a_fresh_process_computes_the_same(tmp_path, tiny, lively):
     hp = tiny()
     model = lively(GPT(hp))
-    quantized = quantize(model, hp)
+    quantized = quantize(model)
     save_artifact(tmp_path / "a.ptz", model, hp, quantized)
     ids = torch.arange(1, 61)[None] % 64
     expected = train_gpt.dequantized(model, quantized)(ids).detach().numpy()
-    assert np.array_equal(load_artifact(tmp_path / "a.ptz", "cpu")[0](ids).detach().numpy(), expected)
-    fresh = subprocess.run([sys.executable, "-c", LOGITS_OF, str(SOURCE.parent), str(tmp_path / "a.ptz")],
-                           capture_output=True, check=True, cwd=tmp_path).stdout
+    assert np.array_equal(
+        load_artifact(tmp_path / "a.ptz", "cpu")[0](ids).detach().numpy(), expected
+    )
+    fresh = subprocess.run(
+        [sys.executable, "-c", LOGITS_OF, str(ROOT), str(tmp_path / "a.ptz")],
+        capture_output=True,
+        check=True,
+        cwd=tmp_path,
+    ).stdout
     assert np.array_equal(np.frombuffer(fresh, np.float32).reshape(expected.shape), expected)
 
 
@@ -191,8 +228,7 @@ def test_loading_draws_no_different_numbers_afterwards(packed):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-# -----------------------------------------------------------------------------
-# damage
+# ---- damage
 
 
 def refused(path) -> None:
@@ -204,7 +240,11 @@ def refused(path) -> None:
 def test_every_flipped_byte_is_refused(packed):
     path, _, _ = packed
     raw = path.read_bytes()
-    for position in (*range(HEADER.size), *range(HEADER.size, len(raw), 97), *range(len(raw) - 8, len(raw))):
+    for position in (
+        *range(HEADER.size),
+        *range(HEADER.size, len(raw), 97),
+        *range(len(raw) - 8, len(raw)),
+    ):
         for bit in (1, 128) if position < HEADER.size else (16,):
             damaged = bytearray(raw)
             damaged[position] ^= bit
@@ -215,7 +255,11 @@ def test_every_flipped_byte_is_refused(packed):
 def test_every_truncation_is_refused(packed):
     path, _, _ = packed
     raw = path.read_bytes()
-    for length in {*range(HEADER.size + 3), *range(HEADER.size, len(raw), len(raw) // 60), len(raw) - 1}:
+    for length in {
+        *range(HEADER.size + 3),
+        *range(HEADER.size, len(raw), len(raw) // 60),
+        len(raw) - 1,
+    }:
         path.write_bytes(raw[:length])
         refused(path)
 
@@ -226,15 +270,18 @@ def test_anything_appended_is_refused(packed):
     refused(path)
 
 
-@pytest.mark.parametrize("content", [
-    pytest.param(b"", id="empty"),
-    pytest.param(b"GDNSWA16", id="magic_only"),
-    pytest.param(b"GDNSWA16" + bytes(52), id="zeros_after_the_magic"),
-    pytest.param(b"\x89PNG\r\n\x1a\n" + bytes(500), id="image"),
-    pytest.param(pickle.dumps({"model": list(range(500))}), id="pickle"),
-    pytest.param(b"PK\x03\x04" + bytes(500), id="torch_file"),
-    pytest.param(b"version https://git-lfs.github.com/spec/v1\n" * 5, id="text"),
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"GDNSWA17", id="magic_only"),
+        pytest.param(b"GDNSWA17" + bytes(52), id="zeros_after_the_magic"),
+        pytest.param(b"\x89PNG\r\n\x1a\n" + bytes(500), id="image"),
+        pytest.param(pickle.dumps({"model": list(range(500))}), id="pickle"),
+        pytest.param(b"PK\x03\x04" + bytes(500), id="torch_file"),
+        pytest.param(b"version https://git-lfs.github.com/spec/v1\n" * 5, id="text"),
+    ],
+)
 def test_a_foreign_file_is_refused(tmp_path, content):
     (tmp_path / "model.ptz").write_bytes(content)
     refused(tmp_path / "model.ptz")
@@ -263,8 +310,9 @@ def test_no_file_is_executed(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def test_the_source_has_no_way_to_execute_a_file():
-    source = SOURCE.read_text()
+@pytest.mark.parametrize("name", [*SYSTEMS, "parts"])
+def test_the_source_has_no_way_to_execute_a_file(name):
+    source = Path(system(name).__file__).read_text()
     assert not re.search(r"\b(pickle|marshal|shelve|dill|joblib)\b", source)
     assert not re.search(r"(?<![.\w])(exec|eval)\(", source)
     loads = re.findall(r"torch\.load\(.*", source)
@@ -273,13 +321,16 @@ def test_the_source_has_no_way_to_execute_a_file():
 
 @pytest.fixture
 def crafted(tmp_path, tiny):
-    """crafted(head, values, **options) -> path of an artifact with a right checksum and these changes."""
+    """crafted(head, values, **options) -> path of an artifact with a right checksum and these
+    changes."""
     hp = tiny()
     save_artifact(tmp_path / "model.ptz", GPT(hp), hp)
     head, values = read_artifact(tmp_path / "model.ptz")
 
     def craft(change_head=lambda head: head, change_values=lambda values: values, **options):
-        write_artifact(tmp_path / "crafted.ptz", change_head(head), change_values(values), **options)
+        write_artifact(
+            tmp_path / "crafted.ptz", change_head(head), change_values(values), **options
+        )
         return tmp_path / "crafted.ptz"
 
     return craft
@@ -289,15 +340,15 @@ def with_config(**changes):
     return lambda head: head | dict(config=head["config"] | changes)
 
 
-def with_tensors(change):
-    return lambda head: head | dict(tensors=change([list(row) for row in head["tensors"]]))
-
-
 def test_crafting_changes_nothing_by_itself(crafted):
     load_artifact(crafted(), "cpu")
 
 
 CRAFTED_HEADS = {
+    "another_system": lambda head: head | dict(system="crawler"),
+    "no_system": lambda head: {k: v for k, v in head.items() if k != "system"},
+    "system_is_null": lambda head: head | dict(system=None),
+    "an_entry_more": lambda head: head | dict(text="of the validation split"),
     "another_model": with_config(mlp_mult=3.0),
     "another_layout": with_config(layout="G2 S G S"),
     "another_vocabulary": with_config(vocab_size=65),
@@ -312,14 +363,8 @@ CRAFTED_HEADS = {
     "nan": with_config(mlp_mult=float("nan")),
     "infinite": with_config(mlp_mult=float("inf")),
     "larger_than_memory": with_config(model_dim=1 << 40),
-    "tensor_missing": with_tensors(lambda rows: rows[1:]),
-    "tensor_twice": with_tensors(lambda rows: rows + rows[:1]),
-    "tensors_swapped": with_tensors(lambda rows: rows[1::-1] + rows[2:]),
-    "tensor_renamed": with_tensors(lambda rows: [["other", *rows[0][1:]], *rows[1:]]),
-    "tensors_transposed": with_tensors(lambda rows: [[name, shape[::-1], q] for name, shape, q in rows]),
-    "tensor_not_quantized": with_tensors(lambda rows: [[*rows[0][:2], not rows[0][2]], *rows[1:]]),
-    "no_tensors": lambda head: dict(config=head["config"]),
-    "tensors_of_numbers": lambda head: head | dict(tensors=7),
+    "text_for_hyperparameters": lambda head: head | dict(config="layout"),
+    "no_entry": lambda head: {},
     "list": lambda head: [head],
     "null": lambda head: None,
     "not_json": lambda head: b"{'config': 1}",
@@ -334,23 +379,64 @@ def test_a_head_that_does_not_fit_is_refused(crafted, change):
     refused(crafted(CRAFTED_HEADS[change]))
 
 
-@pytest.mark.parametrize("options", [
-    pytest.param(dict(change_values=lambda values: values[:-1]), id="value_missing"),
-    pytest.param(dict(change_values=lambda values: values[:-2]), id="two_bytes_missing"),
-    pytest.param(dict(change_values=lambda values: values + b"\0\0"), id="too_many_values"),
-    pytest.param(dict(change_values=lambda values: b""), id="no_values"),
-    pytest.param(dict(body_size=0), id="size_zero"),
-    pytest.param(dict(body_size=100), id="size_too_small"),
-    pytest.param(dict(body_size=1 << 20), id="size_too_large"),
-    pytest.param(dict(body_size=1 << 63), id="size_absurd"),
-    pytest.param(dict(data=b""), id="no_data"),
-    pytest.param(dict(data=b"\0" * 100), id="data_not_compressed"),
-    pytest.param(dict(data=brotli.compress(b""), body_size=0), id="empty_body"),
-    pytest.param(dict(data=brotli.compress(4 * b"\xff" + bytes(100)), body_size=104), id="endless_head"),
-    pytest.param(dict(data=zlib.compress(bytes(100)), body_size=100), id="other_codec"),
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(dict(change_values=lambda values: values[:-1]), id="value_missing"),
+        pytest.param(dict(change_values=lambda values: values[:-2]), id="two_bytes_missing"),
+        pytest.param(dict(change_values=lambda values: values + b"\0\0"), id="too_many_values"),
+        pytest.param(dict(change_values=lambda values: b""), id="no_values"),
+        pytest.param(dict(data=b""), id="no_data"),
+        pytest.param(dict(data=b"\0" * 100), id="data_not_compressed"),
+        pytest.param(dict(data=brotli.compress(b"")), id="empty_body"),
+        pytest.param(dict(data=brotli.compress(b"\0\0")), id="body_of_two_bytes"),
+        pytest.param(dict(data=brotli.compress(4 * b"\xff" + bytes(100))), id="endless_head"),
+        pytest.param(dict(data=brotli.compress(bytes(1000))[:-2]), id="data_cut_off"),
+        pytest.param(dict(data=zlib.compress(bytes(100))), id="other_codec"),
+    ],
+)
 def test_a_body_that_does_not_fit_is_refused(crafted, options):
     refused(crafted(**options))
+
+
+def test_what_stands_behind_the_compressed_is_refused(crafted):
+    """Also with a right checksum: a file holds nothing that is not unpacked."""
+    path = crafted()
+    data = path.read_bytes()[HEADER.size :]
+    for more in (b"\0", b"text of the validation split", data):
+        write_artifact(path, None, b"", data=data + more)
+        refused(path)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_an_artifact_of_another_system_is_refused(tmp_path, lively, name):
+    """Whatever its tensors are; the file and both systems are named."""
+    path, _, _ = pack_of(name, tmp_path, lively)
+    names = {other: system(other).Hyperparameters.system for other in SYSTEMS}
+    assert read_artifact(path)[0]["system"] == names[name]
+    assert len(set(names.values())) == len(SYSTEMS)
+    for other in set(SYSTEMS) - {name}:
+        with pytest.raises(ValueError) as error:
+            load_of(other, path)
+        assert all(text in str(error.value) for text in (str(path), names[name], names[other]))
+    load_of(name, path)
+
+
+def test_the_systems_name_alone_makes_an_artifact_one_of_another_system(tmp_path):
+    """Two systems of the same model, which differ in nothing but their names."""
+
+    @dataclass
+    class Other(train_gpt.Hyperparameters):
+        system = "other"
+
+    hp, path = toy("train_gpt"), tmp_path / "model.ptz"
+    save_artifact(path, GPT(hp), hp)
+    load_artifact(path, "cpu")
+    with pytest.raises(ValueError, match="model.ptz.*record.*other"):
+        load_artifact(path, "cpu", Other, GPT)
+    save_artifact(path, GPT(hp), Other(**asdict(hp)))
+    load_artifact(path, "cpu", Other, GPT)
+    refused(path)
 
 
 BOMB = """
@@ -370,13 +456,18 @@ for path in sys.argv[2:]:
 
 
 def test_a_small_file_cannot_fill_the_memory(tmp_path):
-    """A gigabyte of zeros in some kilobytes, declared as 1,000 bytes: refused before it is unpacked."""
+    """A gigabyte of zeros in some kilobytes: refused before it is unpacked."""
     packer, zeros, path = brotli.Compressor(quality=1), bytes(1 << 24), tmp_path / "bomb.ptz"
     data = b"".join(packer.process(zeros) for _ in range(64)) + packer.finish()
-    write_artifact(path, b"", b"", data=data, body_size=1000)
+    write_artifact(path, b"", b"", data=data)
     assert path.stat().st_size < 1 << 18
-    kilobytes = subprocess.run([sys.executable, "-c", BOMB, str(SOURCE.parent), str(path)],
-                               capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    kilobytes = subprocess.run(
+        [sys.executable, "-c", BOMB, str(ROOT), str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    ).stdout
     assert int(kilobytes) < 256 << 10
 
 
@@ -401,19 +492,37 @@ def test_a_write_that_fails_leaves_the_earlier_artifact(packed, monkeypatch):
     assert path.read_bytes() != before
 
 
-# -----------------------------------------------------------------------------
-# killed runs
+# ---- killed runs
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """run(**environment) -> the lines that a run of six small steps logs, in this process."""
     environment = write_corpus(tmp_path) | dict(
-        iterations=6, layout="G S S=1", model_dim=32, gdn_heads=2, gdn_head_dim=16, num_heads=2,
-        num_kv_heads=1, head_dim=16, window_size=16, rope_dims=8, ngram_vocab_size=64, ngram_dim=8,
-        train_batch_tokens=256, train_seq_len=32, grad_accum_steps=2, warmup_steps=1, eval_seq_len=32,
-        eval_stride=16, val_batch_size=1024, max_wallclock_seconds=0, gptq_calibration_batches=1,
-        matrix_lr=0.05, ema_decay=0.9, eval_mode="sliding", ttt="")
+        iterations=6,
+        layout="G S S=1",
+        model_dim=32,
+        gdn_heads=2,
+        gdn_head_dim=16,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+        window_size=16,
+        rope_dims=8,
+        train_batch_tokens=256,
+        train_seq_len=32,
+        grad_accum_steps=2,
+        warmup_steps=1,
+        eval_seq_len=32,
+        eval_stride=16,
+        val_batch_size=1024,
+        max_wallclock_seconds=0,
+        gptq_calibration_batches=1,
+        matrix_lr=0.05,
+        ema_decay=0.9,
+        eval_mode="sliding",
+        ttt="",
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_gpt.log, "handlers", [])
     monkeypatch.setattr(train_gpt.log, "propagate", True)
@@ -464,16 +573,23 @@ def killed_while_writing(patch):
 
 @pytest.mark.parametrize("killed", [killed_in_a_step, killed_before_packing, killed_while_writing])
 def test_a_killed_run_leaves_the_earlier_artifact_or_none(run, tmp_path, killed):
-    """And no claim of the earlier run; started again, it gives what it would have given."""
-    whole = run(artifact="whole.ptz")
-    artifact = (tmp_path / "whole.ptz").read_bytes()
-    assert len(final(whole)) == 1 and (tmp_path / "submission.json").exists()
-    for name in ("whole.ptz", "half.ptz"):
+    """With its sample, and a log without a score; started again, it gives what it would have
+    given."""
+    whole = run(artifact="whole.ptz", run_id="whole")
+    files = [tmp_path / "whole.ptz", tmp_path / "whole.sample.npz"]
+    before = [file.read_bytes() for file in files]
+    assert len(final(whole)) == 1 and whole[-1].startswith("figures: ")
+    for name in ("whole", "half"):
         with pytest.MonkeyPatch.context() as patch:
             killed(patch)
             with pytest.raises(KeyboardInterrupt):
-                run(artifact=name, seed=7)
-        assert not (tmp_path / "half.ptz").exists() and (tmp_path / "whole.ptz").read_bytes() == artifact
-        assert not (tmp_path / "submission.json").exists()
+                run(artifact=f"{name}.ptz", seed=7, run_id=f"killed_{name}")
+        assert [file.read_bytes() for file in files] == before
+        assert not (tmp_path / "half.ptz").exists()
+        assert not (tmp_path / "half.sample.npz").exists()
+        log = (tmp_path / "logs" / f"killed_{name}.txt").read_text()
+        logged = log[log.rindex("=" * 100) :].splitlines()
+        assert len(logged) > 10 and not final(logged)
+        assert not [line for line in logged if line.startswith("figures")]
     assert final(run(artifact="half.ptz")) == final(whole)
-    assert (tmp_path / "half.ptz").read_bytes() == artifact
+    assert (tmp_path / "half.ptz").read_bytes() == before[0]

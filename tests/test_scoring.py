@@ -1,10 +1,11 @@
-"""Scoring against brute force: every target once, from its strict prefix, in bits per byte of the real text.
+"""Scoring against brute force: every target once, from its strict prefix, in bits per byte.
 
-The reference never batches and never slides: it finds for each target alone the tokens that it may see, and
-runs the network on those and nothing after them. Ranks are simulated one after the other.
+The reference never batches and never slides: it finds for each target alone the tokens that it may
+see, and runs the network on those and nothing after them. The bytes are those of sp.decode.
 """
 
 import functools
+import logging
 import math
 from types import SimpleNamespace
 
@@ -24,19 +25,31 @@ from corpus import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from streams import all_in_float64, in_lockstep
 
 import train_gpt
-from train_gpt import GPT, Validation, readings, score, token_nats
+from train_gpt import (
+    GPT,
+    Plan,
+    Reading,
+    TokenLoss,
+    Validation,
+    final_plan,
+    score,
+    stream_plan,
+    token_nats,
+    window_plan,
+)
 
-# -----------------------------------------------------------------------------
-# windows
+# ---- windows
 
 
 def first_visible(target: int, num_targets: int, seq_len: int, stride: int) -> int:
-    """The first token that the prediction of tokens[target + 1] may see; the last is tokens[target].
+    """The first token that the prediction of tokens[target + 1] may see; the last is
+    tokens[target].
 
-    Windows end after seq_len targets, then every `stride` further, the last one where the targets end; a
-    target is scored by the first window that reaches it.
+    Windows end after seq_len targets, then every `stride` further, the last one where the targets
+    end; a target is scored by the first window that reaches it.
     """
     end = seq_len
     while end <= target:
@@ -44,17 +57,14 @@ def first_visible(target: int, num_targets: int, seq_len: int, stride: int) -> i
     return max(0, min(end, num_targets) - seq_len)
 
 
-def windows(num_targets: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
-    """What is read with a stride: each window alone."""
-    found = readings(torch.arange(num_targets + 1), SimpleNamespace(eval_seq_len=seq_len, eval_chunk=1), stride)
-    assert all(len(parts) == 1 for parts in found)
-    return [parts[0] for parts in found]
-
-
-def check_windows(num_targets: int, seq_len: int, stride: int) -> None:
-    scored = np.zeros(num_targets, dtype=int)
-    lengths = set()
-    for start, end, first in windows(num_targets, seq_len, stride):
+def check_windows(num_targets: int, seq_len: int, stride: int, batch: int = 100) -> None:
+    hp = SimpleNamespace(eval_seq_len=seq_len, val_batch_size=batch)
+    plan = window_plan(torch.arange(num_targets + 1), hp, stride)
+    assert not plan.cached and plan.length == min(seq_len, num_targets)
+    assert plan.rows == max(1, batch // plan.length)
+    assert all(len(unit) == 1 for unit in plan.units), "a window is read for itself"
+    scored, lengths = np.zeros(num_targets, dtype=int), set()
+    for ((start, end, first),) in plan.units:
         assert 0 <= start <= first < end <= num_targets
         lengths.add(end - start)
         for target in range(first, end):
@@ -74,77 +84,70 @@ def test_windows_score_each_target_once(num_targets, stride):
     check_windows(num_targets, 64, stride)
 
 
-@given(num_targets=st.integers(1, 400), seq_len=st.integers(1, 80), data=st.data())
+@given(
+    num_targets=st.integers(1, 400),
+    seq_len=st.integers(1, 80),
+    batch=st.integers(1, 400),
+    data=st.data(),
+)
 @settings(max_examples=200, deadline=None, derandomize=True)
-def test_windows_of_any_size(num_targets, seq_len, data):
-    check_windows(num_targets, seq_len, data.draw(st.integers(1, seq_len)))
+def test_windows_of_any_size(num_targets, seq_len, batch, data):
+    check_windows(num_targets, seq_len, data.draw(st.integers(1, seq_len)), batch)
 
 
-# -----------------------------------------------------------------------------
-# score
+def test_the_final_pass_reads_in_the_mode_that_is_asked_for(tiny):
+    tokens = torch.arange(150)
+    hp = tiny(eval_stride=7, eval_mode="sliding")
+    assert final_plan(tokens, hp) == window_plan(tokens, hp, 7)
+    hp = tiny(eval_stride=7, eval_mode="stream")
+    assert final_plan(tokens, hp) == stream_plan(tokens, hp)
+    assert final_plan(tokens, hp).cached
 
 
-def place_and_context(x, y):
-    """Stands for a model: 'nats' that tell the target's place and where the window that scored it begins.
+# ---- score
 
-    For tokens that are their own places.
-    """
-    assert (y == x + 1).all()
-    return (1000 * y + x[:, :1]).float()
+
+def place_and_context(x, y, cache=None):
+    """Stands for a model: 'nats' that tell the target's place and where the window that scored it
+    begins. For tokens that are their own places."""
+    assert (y == x + 1).all() and cache is None
+    return (1000 * y + x[:, :1]).float(), None
 
 
 @pytest.mark.parametrize("rows", [1, 3, 1000], ids="rows_{}".format)
 @pytest.mark.parametrize("stride", [1, 7, 16], ids="stride_{}".format)
-@pytest.mark.parametrize("num_targets", [1, 2, 15, 16, 17, 22, 23, 53, 101], ids="targets_{}".format)
-def test_each_target_is_scored_in_its_window(tiny, num_targets, stride, rows):
+@pytest.mark.parametrize("targets", [1, 2, 15, 16, 17, 22, 23, 53, 101], ids="targets_{}".format)
+def test_each_target_is_scored_in_its_window(tiny, targets, stride, rows):
     hp = tiny(eval_seq_len=16, eval_stride=stride, val_batch_size=16 * rows)
-    nats, count = score(place_and_context, torch.arange(num_targets + 1), hp, stride)
-    expected = [1000 * (t + 1) + first_visible(t, num_targets, 16, stride) for t in range(num_targets)]
+    tokens = torch.arange(targets + 1)
+    nats, count = score(place_and_context, tokens, window_plan(tokens, hp, stride))
+    expected = [1000 * (t + 1) + first_visible(t, targets, 16, stride) for t in range(targets)]
     assert nats.dtype == torch.float64 and nats.tolist() == expected
-    assert count.tolist() == [1] * num_targets
+    assert count.dtype == torch.int32 and count.tolist() == [1] * targets
 
 
 def test_the_stride_is_the_argument(tiny):
-    """Not the hyperparameter: the same scorer serves windows that overlap and windows that do not."""
-    hp = tiny(eval_seq_len=16, eval_stride=4)
-    nats, _ = score(place_and_context, torch.arange(50), hp, 16)
+    """Not the hyperparameter: one function plans windows that overlap and windows that do not."""
+    hp, tokens = tiny(eval_seq_len=16, eval_stride=4), torch.arange(50)
+    nats, _ = score(place_and_context, tokens, window_plan(tokens, hp, 16))
     assert nats.tolist() == [1000 * (t + 1) + first_visible(t, 49, 16, 16) for t in range(49)]
 
 
 def test_no_batch_is_larger_than_asked_for_and_all_have_one_shape(tiny):
     """14 windows in threes."""
-    shapes = set()
+    shapes, tokens = set(), torch.arange(102)
 
-    def nats_of(x, y):
+    def token_loss(x, y, cache):
         shapes.add((x.shape, y.shape))
         return place_and_context(x, y)
 
-    score(nats_of, torch.arange(102), tiny(eval_seq_len=16, val_batch_size=50), 7)
+    score(token_loss, tokens, window_plan(tokens, tiny(eval_seq_len=16, val_batch_size=50), 7))
     assert shapes == {((3, 16), (3, 16))}
 
 
-def simulated_ranks(monkeypatch, world_size: int, run) -> list:
-    """run() on each rank. Each runs twice: what it contributes, then with the sum of all contributions."""
-    contributions: list[list[torch.Tensor]] = []
-    monkeypatch.setattr(train_gpt, "WORLD_SIZE", world_size)
-
-    def contribute(x, *_):
-        contributions[-1].append(x.clone())
-        return x if x.is_floating_point() else torch.ones_like(x)
-
-    monkeypatch.setattr(train_gpt, "all_reduce", contribute)
-    for rank in range(world_size):
-        contributions.append([])
-        monkeypatch.setattr(train_gpt, "RANK", rank)
-        run()
-    results = []
-    for rank in range(world_size):
-        sums = iter([sum(parts) for parts in zip(*contributions, strict=True)])
-        monkeypatch.setattr(train_gpt, "all_reduce", lambda x, *_, sums=sums: x.copy_(next(sums)))
-        monkeypatch.setattr(train_gpt, "RANK", rank)
-        results.append(run())
-        assert not list(sums), "ranks do not communicate equally often"
-    return results
+@pytest.fixture
+def exact(monkeypatch):
+    yield from all_in_float64(monkeypatch)
 
 
 @pytest.fixture
@@ -156,42 +159,46 @@ def tiny_score(tiny, lively):
     tokens[[0, 20, 47, 48, 49, 100, 131]] = BOS
 
     def run(tokens=tokens, stride=11):
-        return score(functools.partial(token_nats, model), tokens, hp, stride)[0]
+        return score(TokenLoss(model), tokens, window_plan(tokens, hp, stride))[0]
 
     run.model, run.tokens, run.hp = model, tokens, hp
     return run
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 8, 16], ids="ranks_{}".format)
-def test_ranks_find_the_same_bits_as_one(tiny_score, monkeypatch, world_size):
+@pytest.mark.parametrize("size", [2, 3, 8, 16], ids="ranks_{}".format)
+def test_ranks_find_the_same_bits_as_one(tiny_score, monkeypatch, size):
     """6 batches: on 8 and 16 ranks some have none."""
     alone = tiny_score()
-    for nats in simulated_ranks(monkeypatch, world_size, tiny_score):
+    for nats in in_lockstep(monkeypatch, size, tiny_score):
         assert torch.equal(nats, alone)
 
 
 @pytest.mark.parametrize("stride", [5, 11, 48], ids="stride_{}".format)
-def test_score_is_the_network_on_each_target_alone(tiny_score, stride):
+def test_score_is_the_network_on_each_target_alone(exact, tiny_score, stride):
     tokens, num_targets = tiny_score.tokens, len(tiny_score.tokens) - 1
     expected = []
     for t in range(num_targets):
-        seen = tokens[first_visible(t, num_targets, tiny_score.hp.eval_seq_len, stride) : t + 1]
+        start = first_visible(t, num_targets, tiny_score.hp.eval_seq_len, stride)
         with torch.no_grad():
-            logits = tiny_score.model(seen[None])[0, -1].double()
+            logits = tiny_score.model(tokens[start : t + 1][None])[0, -1]
         expected.append(-logits.log_softmax(-1)[tokens[t + 1]])
-    torch.testing.assert_close(tiny_score(stride=stride), torch.stack(expected), rtol=0, atol=1e-4)
+    nats = tiny_score(stride=stride)
+    torch.testing.assert_close(nats, torch.stack(expected), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("k", [1, 30, 59, 60, 149])
 def test_a_score_is_a_normalised_probability(tiny_score, k):
-    """What token k costs is decided before it is seen: the probabilities of all it could be sum to 1."""
+    """What token k costs is decided before it is seen: the probabilities of all it could be sum
+    to 1."""
     nats = []
     for token in range(tiny_score.hp.vocab_size):
         tokens = tiny_score.tokens.clone()
         tokens[k] = token
         nats.append(tiny_score(tokens, stride=24))
     nats = torch.stack(nats)
-    assert (nats[:, : k - 1] == nats[0, : k - 1]).all(), "a token changed the cost of an earlier one"
+    assert (nats[:, : k - 1] == nats[0, : k - 1]).all(), (
+        "a token changed the cost of an earlier one"
+    )
     assert nats[:, k - 1].neg().exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
@@ -206,7 +213,7 @@ def test_later_tokens_change_no_earlier_score(tiny_score, k):
 
 
 @pytest.mark.parametrize("k", [1, 21, 48, 60, 120])
-def test_a_token_is_used_by_what_follows_in_its_document(tiny_score, k):
+def test_a_token_is_used_by_what_follows_in_its_document(exact, tiny_score, k):
     """The other side of the test above. In the next document nothing is left of it but rounding."""
     tokens = tiny_score.tokens.clone()
     tokens[k] = 2 + (tokens[k] + 1) % 61
@@ -214,35 +221,36 @@ def test_a_token_is_used_by_what_follows_in_its_document(tiny_score, k):
     document_end = next(bos for bos in (20, 47, 48, 49, 100, 131, 150) if bos > k)
     assert change[k] > 1e-3, "the target after token k does not depend on it"
     assert not change[: k - 1].any()
-    assert (change[document_end:] < 1e-4).all(), "it reached into the next document"
+    assert (change[document_end:] < 1e-9).all(), "it reached into the next document"
 
 
 def test_a_batch_is_filled_up_with_windows_of_the_text(tiny):
-    """Rows of zeros would be rows of BOS, each token a document: more than packed attention has room for."""
+    """Rows of zeros would be rows of BOS, each token a document: more than packed attention has
+    room for."""
     tokens, rows = torch.arange(100), []
 
-    def nats_of(x, y):
+    def token_loss(x, y, cache):
         rows.extend(x.tolist())
-        return torch.ones(x.shape)
+        return torch.ones(x.shape), None
 
-    score(nats_of, tokens, tiny(val_batch_size=10 * 64), 16)
+    score(token_loss, tokens, window_plan(tokens, tiny(val_batch_size=10 * 64), 16))
     assert len(rows) == 10 and all(row == list(range(row[0], row[0] + 64)) for row in rows)
 
 
 def test_a_score_that_is_not_finite_is_an_error(tiny):
     tokens = torch.arange(2, 40)
 
-    def nats_of(x, y):
-        return torch.where(y == 30, torch.nan, 1.0)
+    def token_loss(x, y, cache):
+        return torch.where(y == 30, torch.nan, 1.0), None
 
     with pytest.raises(FloatingPointError, match="1 of 37"):
-        score(nats_of, tokens, tiny(), 16)
+        score(token_loss, tokens, window_plan(tokens, tiny(), 16))
 
 
-def test_a_target_scored_twice_and_one_left_out_are_counted(tiny, monkeypatch):
-    hp = tiny(eval_seq_len=16)
-    monkeypatch.setattr(train_gpt, "readings", lambda *_: [[(0, 16, 0)], [(8, 24, 14)], [(34 - 16, 34, 25)]])
-    _, count = score(place_and_context, torch.arange(35), hp, 8)
+def test_a_target_scored_twice_and_one_left_out_are_counted():
+    units = [[Reading(0, 16, 0)], [Reading(8, 24, 14)], [Reading(18, 34, 25)]]
+    plan = Plan(units, rows=2, length=16, cached=False)
+    _, count = score(place_and_context, torch.arange(35), plan)
     assert count.tolist() == [1] * 14 + [2, 2] + [1] * 8 + [0] + [1] * 9
 
 
@@ -252,29 +260,31 @@ def text_ids():
     return torch.tensor(document_ids(sp, *prose())), sp.vocab_size()
 
 
-def test_more_context_does_not_hurt(tiny, text_ids):
-    """A trained model scores better with a sliding window. One that sees the future scores worse: what it
-    learnt to read off later tokens is missing at the end of each window, where the sliding window scores."""
+def test_more_context_does_not_hurt(exact, tiny, text_ids):
+    """A trained model scores better with a sliding window. One that sees the future scores worse:
+    what it learnt to read off later tokens is missing at the end of each window, where the sliding
+    window scores."""
     ids, vocab_size = text_ids
-    hp = tiny(vocab_size=vocab_size, layout="G A", ngram_vocab_size=0, eval_seq_len=32, val_batch_size=1024)
+    hp = tiny(
+        vocab_size=vocab_size, layout="G A", eval_stride=4, eval_seq_len=32, val_batch_size=1024
+    )
     model = GPT(hp)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for step in range(60):
         starts = 770 * step + torch.arange(0, 512, 32)
         index = starts[:, None] + torch.arange(32)
-        loss = token_nats(model, ids[index], ids[index + 1]).mean()
+        loss = token_nats(model, ids[index], ids[index + 1])[0].mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     held_out = ids[-8000:]  # enough that the difference is no accident
-    nats_of = functools.partial(token_nats, model)
-    slid, apart = (score(nats_of, held_out, hp, stride)[0].mean() for stride in (4, 32))
+    plans = [window_plan(held_out, hp, stride) for stride in (4, 32)]
+    slid, apart = (score(TokenLoss(model), held_out, plan)[0].mean() for plan in plans)
     assert apart < math.log(vocab_size) - 1, "it learnt something"
     assert slid < apart + 1e-3
 
 
-# -----------------------------------------------------------------------------
-# bits per byte
+# ---- bits per byte
 
 
 @pytest.fixture
@@ -295,10 +305,11 @@ def read_tokens(validation) -> list[int]:
 def test_validation_counts_the_bytes_of_the_text(validation):
     ids = read_tokens(validation)
     assert validation.tokens.tolist() == ids
-    assert validation.bytes == decoded_bytes(load_sp(validation), ids) == validation.target_bytes.sum()
+    text_bytes = decoded_bytes(load_sp(validation), ids)
+    assert validation.bytes == text_bytes == validation.target_bytes.sum()
     assert len(validation.target_bytes) == len(ids) - 1
-    assert len(validation.documents) == ids.count(BOS) > 1
-    assert np.concatenate(validation.documents).tolist() == ids
+    assert validation.starts.tolist() == [i for i, token in enumerate(ids) if token == BOS]
+    assert len(validation.starts) > 1
 
 
 def test_validation_reads_all_shards(tmp_path, tiny):
@@ -308,29 +319,52 @@ def test_validation_reads_all_shards(tmp_path, tiny):
     write_shard(tmp_path / "fineweb_val_000001.bin", document_ids(load_sp(alone), text))
     both = Validation(hp)
     assert both.bytes == alone.bytes + len(text)
-    assert len(both.documents) == len(alone.documents) + 1
+    assert both.starts.tolist() == [*alone.starts, len(alone.tokens)]
     assert both.text_bytes.tolist() == [*alone.text_bytes, len(text)]
 
 
-def loss_and_bpb(validation, score, monkeypatch) -> tuple[float, float]:
+def validate(validation, scores, monkeypatch, **options) -> dict:
     """As a pass over the validation text reports them."""
-    monkeypatch.setattr(train_gpt, "score", score)
-    found = train_gpt.validate(train_gpt.Hyperparameters(), None, validation, "label")
-    return found["val_loss"], found["val_bpb"]
+    monkeypatch.setattr(train_gpt, "score", lambda *_: scores)
+    return train_gpt.validate(None, validation, None, "label", **options)
 
 
 def test_loss_and_bpb_by_hand(validation, monkeypatch):
     nats = torch.rand(len(validation.target_bytes), dtype=torch.float64)
-    loss, bpb = loss_and_bpb(validation, lambda *_: (nats, torch.ones(len(nats))), monkeypatch)
+    count = torch.ones(len(nats))
+    found = validate(validation, (nats, count), monkeypatch)
     text_bytes = decoded_bytes(load_sp(validation), read_tokens(validation))
-    assert loss == pytest.approx(math.fsum(nats.tolist()) / len(nats), rel=1e-12)
-    assert bpb == pytest.approx(math.fsum(n / math.log(2) for n in nats.tolist()) / text_bytes, rel=1e-12)
+    bits = math.fsum(n / math.log(2) for n in nats.tolist())
+    assert found["val_loss"] == pytest.approx(math.fsum(nats.tolist()) / len(nats), rel=1e-12)
+    assert found["val_bpb"] == pytest.approx(bits / text_bytes, rel=1e-12)
+    assert found["nats"] is nats and found["count"] is count
 
 
-@pytest.mark.parametrize("options", [dict(), dict(vocab_size=345), dict(vocab_size=1000, multilingual=True)],
-                         ids=["384", "345", "1000_multilingual"])
-def test_a_uniform_model_needs_the_logarithm_of_the_vocabulary(tmp_path, tiny, options, monkeypatch):
-    """log2(V) bits a token, and the bytes a token has with this tokenizer: no constant of another one."""
+def test_a_pass_is_logged_with_its_own_time_or_the_one_that_is_given(
+    validation, monkeypatch, caplog
+):
+    monkeypatch.setattr(train_gpt.log, "propagate", True)
+    ones = torch.ones(len(validation.target_bytes), dtype=torch.float64)
+    bpb = len(ones) / math.log(2) / validation.bytes
+    clock = SimpleNamespace(perf_counter=iter([100.0, 102.5, 200.0, 203.0]).__next__)
+    monkeypatch.setattr(train_gpt, "time", clock)
+    with caplog.at_level(logging.INFO, "train_gpt"):
+        assert validate(validation, (ones, ones), monkeypatch)["seconds"] == 2.5
+        assert validate(validation, (ones, ones), monkeypatch, timing="so long")["seconds"] == 3.0
+    start = f"label val_loss:1.0000 val_bpb:{bpb:.4f}"
+    assert caplog.messages == [f"{start} eval_time:2500ms", f"{start} so long"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(vocab_size=345), dict(vocab_size=1000, multilingual=True)],
+    ids=["384", "345", "1000_multilingual"],
+)
+def test_a_uniform_model_needs_the_logarithm_of_the_vocabulary(
+    tmp_path, tiny, options, monkeypatch
+):
+    """log2(V) bits a token, and the bytes a token has with this tokenizer: no constant of another
+    one."""
     sp = load(tokenizer_model(**options))
     (tmp_path / "t.model").write_bytes(tokenizer_model(**options))
     ids = document_ids(sp, *list(DOCUMENTS.values()), *prose()[:5])
@@ -339,9 +373,9 @@ def test_a_uniform_model_needs_the_logarithm_of_the_vocabulary(tmp_path, tiny, o
     hp = tiny(data_path=str(tmp_path), tokenizer_path=str(tmp_path / "t.model"), vocab_size=V)
     validation = Validation(hp)
     uniform = functools.partial(token_nats, lambda x: torch.zeros(*x.shape, V))
-    scores = score(uniform, validation.tokens, hp, 16)
+    scores = score(uniform, validation.tokens, window_plan(validation.tokens, hp, 16))
     bytes_per_token = decoded_bytes(sp, ids) / (len(ids) - 1)
-    bpb = loss_and_bpb(validation, lambda *_: scores, monkeypatch)[1]
+    bpb = validate(validation, scores, monkeypatch)["val_bpb"]
     assert bpb == pytest.approx(math.log2(V) / bytes_per_token, rel=1e-6)
 
 
@@ -358,30 +392,41 @@ def test_a_wrong_byte_table_is_noticed(tmp_path, tiny, monkeypatch, wrong):
     """By decoding every document."""
     hp, right = tiny(**write_corpus(tmp_path)), train_gpt.build_sentencepiece_luts
     audit = train_gpt.Audit()
-    train_gpt.audit_data(audit, hp, Validation(hp), None)
+    train_gpt.check_inputs(audit, hp, Validation(hp), None)
     assert audit.checks["bytes"]["passed"]
-    monkeypatch.setattr(train_gpt, "build_sentencepiece_luts",
-                        lambda *args: WRONG_TABLES[wrong](*right(*args)))
-    train_gpt.audit_data(audit, hp, Validation(hp), None)
+    tables = WRONG_TABLES[wrong]
+    monkeypatch.setattr(train_gpt, "build_sentencepiece_luts", lambda *args: tables(*right(*args)))
+    train_gpt.check_inputs(audit, hp, Validation(hp), None)
     assert not audit.checks["bytes"]["passed"] and audit.checks["bytes"]["wrong_documents"] > 0
 
 
 def test_only_the_official_split_is_official(tmp_path, tiny, monkeypatch):
+    """50,000 documents of 151,080,000 bytes, give or take a few: by whatever tokenizer."""
     hp = tiny(**write_corpus(tmp_path))
     assert not Validation(hp).is_official
     for documents, size, official in [
-        (50_000, 151_080_000, True), (50_000, 151_020_000, True), (50_000, 151_090_000, True),
-        (49_999, 151_080_000, False), (50_001, 151_080_000, False), (10_000, 151_080_000, False),
-        (50_000, 164_594_398, False), (50_000, 176_332_748, False), (50_000, 151_019_999, False),
+        (50_000, 151_080_000, True),
+        (50_000, 151_020_000, True),
+        (50_000, 151_090_000, True),
+        (49_999, 151_080_000, False),
+        (50_001, 151_080_000, False),
+        (10_000, 151_080_000, False),
+        (50_000, 164_594_398, False),
+        (50_000, 176_332_748, False),
+        (50_000, 151_019_999, False),
         (50_000, 151_090_001, False),
     ]:
-        monkeypatch.setattr(train_gpt, "documents", lambda _, n=documents: [np.array([BOS])] * n)
-        monkeypatch.setattr(train_gpt, "token_bytes", lambda *_, n=size: torch.tensor([n - 1, 1], dtype=torch.int32))
+        write_shard(tmp_path / "fineweb_val_000000.bin", [BOS] * documents)
+        sizes = torch.tensor([size - 1, 1], dtype=torch.int32)
+        monkeypatch.setattr(train_gpt, "token_bytes", lambda *_, sizes=sizes: sizes)
         assert Validation(hp).is_official is official
 
 
-@pytest.mark.parametrize("ids, error", [([BOS], "2"), ([BOS, 5000, 6], "5000"), ([5, 6, 7], "BOS")],
-                         ids=["one_token", "outside_vocabulary", "no_document"])
+@pytest.mark.parametrize(
+    "ids, error",
+    [([BOS], "2"), ([BOS, 5000, 6], "5000"), ([5, 6, 7], "BOS")],
+    ids=["one_token", "outside_vocabulary", "no_document"],
+)
 def test_a_validation_split_that_cannot_be_scored_is_refused(tmp_path, tiny, ids, error):
     hp = tiny(**write_corpus(tmp_path))
     write_shard(tmp_path / "fineweb_val_000000.bin", ids)

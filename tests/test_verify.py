@@ -1,13 +1,9 @@
-"""tools/verify.py on trial: it agrees with an honest run to the last digit and names what is wrong with any other.
-
-In the copies of train_gpt.py that hold a bug the audit is silent, so that the verifier alone can catch it. Most of a
-process's time is the import of torch: all but one are forked from a process that has done that.
-"""
+"""tools/verify.py: an honest run passes every check, and what is wrong with the files of another is
+named. Bugs in the program are in test_verify_cheats.py."""
 
 import json
-import multiprocessing
-import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,197 +11,235 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from corpus import NORMAL, edit_pieces, load, prose, tokenizer_model, write_corpus, write_shard
+from corpus import BOS, NORMAL, edit_pieces, load, prose, tokenizer_model, write_shard
+from in_process import ROOT, launch, planted, run, train
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "data")]
 
 import prepare  # noqa: E402  (the paths come first)
 import verify  # noqa: E402
 
-SMALL = dict(
-    PRESET="demo", LAYOUT="G S", MODEL_DIM="32", GDN_HEAD_DIM="16", HEAD_DIM="16", WINDOW_SIZE="40",
-    TRAIN_SEQ_LEN="64", TRAIN_BATCH_TOKENS="512", EVAL_SEQ_LEN="64", EVAL_STRIDE="32", VAL_BATCH_SIZE="4096",
-    NGRAM_VOCAB_SIZE="256", NGRAM_DIM="16", ITERATIONS="40", MAX_WALLCLOCK_SECONDS="0", GPTQ_CALIBRATION_BATCHES="8",
-    WARMUP_STEPS="1", RUN_ID="run", SCORES="scores.npz", EVAL_MODE="sliding", TTT="",
-)
-SILENT = [("    def verdict(self) -> None:\n", "    def verdict(self) -> None:\n        return\n")]
-LEARNING = dict(TRAIN_SEQ_LEN="64", TTT_CHUNK_TOKENS="64", EVAL_CHUNK="32", EVAL_ROWS="8", VAL_BATCH_SIZE="256")
-STREAM = LEARNING | dict(EVAL_MODE="stream")
-MODES = {  # how an artifact may say that it is to be scored
-    "sliding": {}, "sliding sgd": LEARNING | dict(TTT="sgd"), "stream": STREAM, "stream sgd": STREAM | dict(TTT="sgd"),
-    "lora": STREAM | dict(TTT="lora"), "lora in phases": STREAM | dict(TTT="lora", TTT_PHASES="1"),
+FEW = ("--normalisation-tokens", 1)
+MODES = {  # of a system, and what of its own settings differs
+    "sliding": ("train_gpt", {}),
+    "stream": ("train_gpt", dict(eval_mode="stream")),
+    "lora": ("train_gpt", dict(eval_mode="stream", ttt="lora")),
+    "sgd": ("kv_share", dict(ttt="sgd")),
+    "sgd in a stream": ("kv_share", dict(eval_mode="stream", ttt="sgd")),
+    "lora in phases": ("transformer", dict(eval_mode="stream", ttt="lora")),
 }
-CHILD = """
-import os, runpy, sys
-os.chdir(cwd), os.environ.clear(), os.environ.update(env)
-for number, name in (1, "out"), (2, "err"):
-    os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-sys.argv[:] = command
-runpy.run_path(command[0], run_name="__main__")
-"""
-
-
-def train(folder: Path, **corpus) -> None:
-    """A finished run in the folder: artifact, score file, submission.json."""
-    settings = SMALL | {name.upper(): str(value) for name, value in corpus.items()}
-    env = {name: value for name, value in os.environ.items() if verify.INHERITED.fullmatch(name)} | settings
-    result = subprocess.run([sys.executable, ROOT / "train_gpt.py"], cwd=folder, env=env | {"OMP_NUM_THREADS": "1"},
-                            capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> Path:
-    """The folder of one finished run, with its data."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "data").mkdir()
-    train(folder, **write_corpus(folder / "data", train_tokens=12_000, val_tokens=1_500))
-    return folder
+def runs(tmp_path_factory):
+    """runs(mode) -> folder of one finished run, with its data and a copy of its program."""
+    folders = {}
+
+    def of(mode: str = "sliding") -> Path:
+        if mode not in folders:
+            folders[mode] = tmp_path_factory.mktemp("run")
+            system, settings = MODES[mode]
+            train(folders[mode], planted(folders[mode], system), **settings)
+        return folders[mode]
+
+    return of
 
 
-@pytest.fixture(scope="session")
-def forked(tmp_path_factory):
-    """subprocess.run of a script, without a new interpreter."""
-    folder, context = tmp_path_factory.mktemp("forked"), multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload("torch._dynamo torch.nn.attention.varlen sentencepiece brotli zstandard".split())
-
-    def run(command, cwd, env, **_):
-        names = dict(cwd=str(cwd), env=env, folder=str(folder), command=command[1:])
-        process = context.Process(target=exec, args=(CHILD, names))
-        process.start()
-        process.join()
-        out, err = ((folder / name).read_text() for name in ("out", "err"))
-        return SimpleNamespace(returncode=process.exitcode, stdout=out, stderr=err)
-
-    return run
+def script_of(folder: Path, mode: str = "sliding") -> Path:
+    system = MODES[mode][0]
+    return folder / ("train_gpt.py" if system == "train_gpt" else f"systems/{system}.py")
 
 
 @pytest.fixture
-def check(trained, forked, monkeypatch, capsys):
-    """check(*options, artifact, tokenizer, mode) -> exit status, names of the failed checks, all that was printed."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=forked))
+def check(monkeypatch, capsys):
+    """check(folder, *options, other files) -> status, names of passed and failed checks, text."""
+    monkeypatch.setattr(verify, "launch", launch)
 
-    def run(*options, artifact="final_model.int6.ptz", tokenizer="data/tokenizer.model", data="data", mode="sliding"):
-        monkeypatch.setattr(verify, "SETTINGS", verify.SETTINGS | MODES[mode])
-        arguments = trained / artifact, "--data", trained / data, "--tokenizer", trained / tokenizer, *options
+    def verified(folder: Path, *options, script=None, artifact=None, data=None, tokenizer=None):
+        data = data or folder / "data"
+        files = artifact or folder / "model.ptz", "--data", data, "--tokenizer"
+        files += (tokenizer or data / "tokenizer.model", "--train-script")
+        arguments = *files, script or script_of(folder), *options
         status = verify.main([str(argument) for argument in arguments])
         text = capsys.readouterr().out
-        return SimpleNamespace(status=status, failed=set(re.findall(r"^verify: (\w+) FAILED", text, re.M)), text=text)
+        passed, failed = (
+            re.findall(rf"^verify: (\w+) {word}\b", text, re.M) for word in ("passed", "FAILED")
+        )
+        return SimpleNamespace(status=status, passed=passed, failed=set(failed), text=text)
 
-    return run
-
-
-@pytest.fixture(scope="session")
-def rerun(trained):
-    """What the program makes of the artifact: for checks that look at files only."""
-    job = SimpleNamespace(script=ROOT / "train_gpt.py", artifact=trained / "final_model.int6.ptz", nproc=1,
-                          tokenizer=trained / "data/tokenizer.model", sidecar=[],
-                          shards=[trained / "data/fineweb_val_000000.bin"])
-    return verify.execute(job)
+    return verified
 
 
-def planted(folder: Path, *edits: tuple[str, str]) -> Path:
-    """A copy of train_gpt.py with each text replaced, which must be there exactly once, and a silent audit."""
-    source = (ROOT / "train_gpt.py").read_text()
-    for old, new in [*SILENT, *edits]:
-        assert source.count(old) == 1, f"the place of the bug is not there once but {source.count(old)} times: {old!r}"
-        source = source.replace(old, new)
-    path = folder / "planted.py"
-    path.write_text(source)
+@pytest.fixture
+def at_rest(monkeypatch):
+    """The program is not run: for checks that look at files only."""
+
+    def refuses(*_):
+        raise RuntimeError("not run")
+
+    monkeypatch.setattr(verify, "check_run", refuses)
+
+
+def submission_of(folder: Path, **changes) -> Path:
+    """What tools/record.py makes of the run, as far as it is looked at."""
+    figures = verify.read_log(folder / "logs" / "run.txt").figures
+    scores = ("val_bpb", "val_loss", "raw_val_bpb", "pre_quant_val_bpb")
+    own = {name: figures[name] for name in ("documents", "bytes", *scores)}
+    submission = figures | dict.fromkeys(scores) | {"own_text": own} | changes
+    del submission["documents"], submission["bytes"]
+    path = folder / "submission.json"
+    path.write_text(json.dumps(submission), "utf-8")
     return path
 
 
-def test_an_honest_run_passes_every_check(trained, check, monkeypatch):
-    """And nothing of the caller feeds the score: neither its environment nor what lies beside the artifact."""
-    for name, value in dict(EVAL_STRIDE="16", LAYOUT="G", VOCAB_SIZE="9", DATA_PATH="nowhere").items():
+def files_of(folder: Path, **changes) -> list:
+    submission = submission_of(folder, **changes)
+    log, scores = folder / "logs" / "run.txt", folder / "scores.npz"
+    return ["--log", log, "--scores", scores, "--submission", submission]
+
+
+# -----------------------------------------------------------------------------
+# Honest runs
+
+
+def test_an_honest_run_passes_every_check(runs, check, monkeypatch):
+    """Nothing of the caller feeds the score: neither its environment nor what lies beside."""
+    folder = runs()
+    for name, value in dict(EVAL_STRIDE="16", LAYOUT="G", VOCAB_SIZE="9").items():
         monkeypatch.setenv(name, value)
-    monkeypatch.chdir(trained)
-    result = check("--submission", trained / "submission.json", "--scores", trained / "scores.npz")
+    monkeypatch.chdir(folder)
+    result = check(folder, *FEW, *files_of(folder), "--full")
     assert result.status == 0 and not result.failed, result.text
-    names = re.findall(r"^verify: (\w+) passed", result.text, re.M)
-    assert names == ("size run positions bytes score claimed_scores claimed_positions claimed_bytes claimed_score "
-                     "probes truncation future isolation normalisation").split()
-    own = json.loads((trained / "submission.json").read_text())["own_text"]
+    names = (
+        "size claims overlap sample_positions sample_bytes claimed_positions claimed_bytes "
+        "claimed_score claimed_sample run reproduced truncation future isolation normalisation "
+        "full positions bytes score claimed_scores"
+    )
+    assert result.passed == names.split()
+    figures = verify.read_log(folder / "logs" / "run.txt").figures
     bpb = float(re.search(r"^verify: score passed bpb (\S+)", result.text, re.M)[1])
-    assert bpb == pytest.approx(own["val_bpb"], abs=1e-9) and f"/ {own['bytes']} bytes" in result.text
-    assert "not checked:" in result.text and "EVAL_SEQ_LEN=64 EVAL_STRIDE=64" in result.text
-
-
-def test_the_same_from_a_process_of_its_own(trained, check, monkeypatch):
-    monkeypatch.setattr(verify, "subprocess", subprocess)
-    result = check("--submission", trained / "submission.json", "--scores", trained / "scores.npz", "--probes")
-    assert result.status == 0 and not result.failed, result.text
+    assert bpb == pytest.approx(figures["val_bpb"], abs=1e-9)
+    assert f"/ {figures['bytes']} bytes" in result.text
+    assert re.search(r"^verify: about [\d,]+ s: \d+ processes, ", result.text, re.M)
+    assert "not checked:" in result.text and "without --full" in result.text
+    assert result.text.endswith("verify: all 20 passed\n")
 
 
 def moved(text: str, check: str) -> list[tuple[int, float]]:
     """(scores compared, by how much they moved) of each comparison in the line of a check."""
     line = re.search(rf"^verify: {check} \w+ (.*)$", text, re.M)[1]
-    return [(int(n), float(by)) for n, by in re.findall(r"(\d+) scores moved by at most ([^,]+),", line)]
+    return [
+        (int(n), float(by)) for n, by in re.findall(r"(\d+) scores moved by at most (\S+),", line)
+    ]
 
 
-@pytest.mark.parametrize("mode, probes, compared", [
-    ("stream", "truncation isolation future", dict(truncation=[599], future=[24, 80, 319])),
-    ("lora", "truncation future", dict(truncation=[599], future=[450, 88, 208])),
-    ("lora in phases", "truncation isolation normalisation rows future",
-     dict(truncation=[416], rows=[240], future=[624, 88, 208, 496])),
-    ("sliding sgd", "truncation isolation normalisation future", dict(truncation=[64], future=[48, 224])),
-    ("stream sgd", "truncation future", dict(truncation=[64], future=[450, 88, 208, 104])),
-])
-def test_an_honest_run_passes_in_every_mode(check, mode, probes, compared):
-    """To the bit; and where SGD follows a schedule that is as long as the text, the line says what is not compared."""
-    result = check("--probe-tokens", 600, "--probes", *probes.split(), mode=mode)
+COMPARED = {
+    "stream": dict(truncation=[96, 1124], future=[1124, 48, 95], isolation=[191]),
+    "lora": dict(truncation=[96, 1124], future=[1124, 48, 95, 240, 88, 208], rows=[240]),
+    "lora in phases": dict(future=[1124, 48, 95, 624, 88, 208, 496], rows=[240]),
+    "sgd": dict(truncation=[128, 1120], future=[48, 80, 127, 48, 224], isolation=[73]),
+    "sgd in a stream": dict(future=[1124, 48, 95, 384, 88, 208, 104]),
+}
+
+
+@pytest.mark.parametrize("mode", COMPARED)
+def test_an_honest_run_passes_in_every_mode(runs, check, mode):
+    """No score moves by a bit. What can be learned is learned in the texts of the probes."""
+    folder, counts = runs(mode), COMPARED[mode]
+    result = check(folder, *FEW, *files_of(folder), script=script_of(folder, mode))
     assert result.status == 0 and not result.failed, result.text
-    for name, counts in compared.items():
-        assert moved(result.text, name) == [(n, 0.0) for n in counts], result.text
-    taught = re.findall(r"TTT had moved them by up to (\S+)|where that is learned from, by (\S+)", result.text)
-    assert len(taught) == (mode != "stream") + ("rows" in probes)
+    for name in counts:
+        assert moved(result.text, name) == [(n, 0.0) for n in counts[name]], result.text
+    before, *_, early = moved(result.text, "reproduced")
+    assert before[0] == 1499 and before[1] < 1e-5
+    assert early == ({"stream": 1499, "sgd": 64, "sgd in a stream": 64}.get(mode, 122), 0.0)
+    taught = re.findall(r"TTT had moved them by up to (\S+)|is learned from, by (\S+)", result.text)
+    assert len(taught) == (mode != "stream") + ("rows" in counts)
     assert all(float(ahead or row) > 1e-4 for ahead, row in taught)
-    assert ("the others' schedule: they are not checked" in result.text) is (mode not in ("stream", "lora"))
-    assert mode == "stream" or "isolation" not in probes or re.search(r"isolation passed .*TTT=\)", result.text)
 
 
-def test_a_run_that_learned_from_the_text_is_verified(trained, check, tmp_path):
-    """The artifact itself says how; the score that counts is the last one in the log."""
-    train(tmp_path, data_path=trained / "data", tokenizer_path=trained / "data/tokenizer.model",
-          vocab_size=load(tokenizer_model()).vocab_size(), **MODES["lora"])
-    result = check("--submission", tmp_path / "submission.json", "--scores", tmp_path / "scores.npz", "--probes",
-                   artifact=tmp_path / "final_model.int6.ptz")
-    assert result.status == 0 and not result.failed, result.text
-    assert result.text.count("log, 8 decimals") == 2
+def test_the_whole_text_is_scored_again_by_a_run_that_learned(runs, check):
+    folder = runs("lora")
+    result = check(folder, *files_of(folder), "--full", "--probes")
+    assert result.status == 0 and "score" in result.passed and "claimed_scores" in result.passed
+
+
+def test_the_same_in_processes_of_its_own(runs, check, monkeypatch):
+    folder = runs("sgd")
+    monkeypatch.setattr(verify, "launch", verify_launch)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    result = check(folder, *files_of(folder), "--probes", script=script_of(folder, "sgd"))
+    assert result.status == 0 and "reproduced" in result.passed, result.text
+
+
+verify_launch = verify.launch
+
+
+def test_checks_are_callable_in_process(runs, monkeypatch):
+    monkeypatch.setattr(verify, "launch", launch)
+    folder = runs()
+    files = folder / "model.ptz", "--data", folder / "data", "--tokenizer"
+    files += folder / "data" / "tokenizer.model", "--train-script", script_of(folder)
+    job = verify.parse([str(argument) for argument in (*files, "--probes", "isolation")])
+    passed = verify.verify(job)
+    names = ["size", "overlap", "sample_positions", "sample_bytes", "run", "reproduced"]
+    assert passed == dict.fromkeys([*names, "isolation"], True)
 
 
 def test_transformed_text_is_verified_by_its_original(check, tmp_path):
     """CaseOps: a sidecar holds the bytes of the original, which the verifier decodes."""
     for name, texts in ("docs", prose()[30:200]), ("val", prose()[:30]):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in texts))
-    prepare.main(["--docs", str(tmp_path / "docs.jsonl"), "--val-docs", str(tmp_path / "val.jsonl"), "--caseops",
-                  "--vocab-size", "400", "--name", "cased", "--output-root", str(tmp_path)])
-    data, tokenizer = tmp_path / "datasets" / "cased", tmp_path / "tokenizers" / "cased_400_bpe_caseops.model"
-    train(tmp_path, data_path=data, tokenizer_path=tokenizer, vocab_size=400)
-    result = check("--submission", tmp_path / "submission.json", "--probes", "normalisation",
-                   artifact=tmp_path / "final_model.int6.ptz", tokenizer=tokenizer, data=data)
+        lines = [json.dumps(dict(text=text)) + "\n" for text in texts]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    docs = ["--docs", str(tmp_path / "docs.jsonl"), "--val-docs", str(tmp_path / "val.jsonl")]
+    options = ["--caseops", "--vocab-size", "400", "--name", "cased"]
+    prepare.main([*docs, *options, "--output-root", str(tmp_path)])
+    data = tmp_path / "datasets" / "cased"
+    tokenizer = tmp_path / "tokenizers" / "cased_400_bpe_caseops.model"
+    files = dict(data_path=data, tokenizer_path=tokenizer, vocab_size=400)
+    script = planted(tmp_path, "transformer")
+    train(tmp_path, script, eval_mode="stream", **files)
+    options = *FEW, *files_of(tmp_path), "--probes", "normalisation"
+    result = check(tmp_path, *options, script=script, data=data, tokenizer=tokenizer)
     assert result.status == 0 and not result.failed, result.text
     decoded = json.loads((data / "stats.json").read_text())["val"]["bytes"]
-    assert f"decoded {decoded}," in result.text
+    assert re.search(rf"claimed_bytes passed .* decoded {decoded},", result.text)
 
 
 def test_the_verifier_shares_no_code_with_the_program():
-    source = (ROOT / "tools" / "verify.py").read_text()
-    assert not re.search(r"import\s+train_gpt|from\s+train_gpt|import torch|importlib", source)
+    source = (ROOT / "tools" / "verify.py").read_text("utf-8")
+    assert not re.search(r"^\s*(import|from) (train_gpt|torch|importlib|runpy)", source, re.M)
 
 
-def test_an_artifact_with_one_flipped_byte_does_not_run(trained, check):
-    data = bytearray((trained / "final_model.int6.ptz").read_bytes())
+def test_a_rehearsal_asks_for_what_is_run(runs, check, monkeypatch):
+    """As many processes as announced, and texts of the sizes that were counted."""
+    folder, seen = runs("lora"), []
+
+    def counted(job, *args):
+        seen.append(1)
+        return launch(job, *args)
+
+    monkeypatch.setattr(verify, "launch", counted)
+    text = check(folder, *FEW).text
+    assert f" s: {len(seen) - 2} processes, " in text  # two were run before
+
+
+# -----------------------------------------------------------------------------
+# Files with something wrong in them
+
+
+def test_an_artifact_with_one_flipped_byte_does_not_run(runs, check):
+    folder = runs()
+    data = bytearray((folder / "model.ptz").read_bytes())
     data[len(data) // 2] ^= 1
-    (trained / "flipped.ptz").write_bytes(data)
-    result = check(artifact="flipped.ptz")
+    (folder / "flipped.ptz").write_bytes(data)
+    result = check(folder, artifact=folder / "flipped.ptz")
     assert result.status == 1 and result.failed == {"run"} and "damaged" in result.text
+    assert "no file" in result.text and "what the run scored is not compared" in result.text
 
 
 def drop(scores):
-    return {name: np.delete(array, 700) for name, array in scores.items()}
+    return {name: np.delete(x, 700) if x.ndim else x for name, x in scores.items()}
 
 
 def lower(scores):
@@ -214,7 +248,8 @@ def lower(scores):
 
 
 def swap(scores):
-    return {name: array[[1, 0, *range(2, len(array))]] for name, array in scores.items()}
+    order = [1, 0, *range(2, len(scores["nats"]))]
+    return {name: x[order] if x.ndim else x for name, x in scores.items()}
 
 
 def move_a_byte(scores):
@@ -224,134 +259,185 @@ def move_a_byte(scores):
     return scores
 
 
-@pytest.mark.parametrize("change, failed", [
-    (drop, {"claimed_positions", "claimed_scores"}), (lower, {"claimed_scores", "claimed_score"}),
-    (swap, {"claimed_positions", "claimed_scores"}), (move_a_byte, {"claimed_scores", "claimed_bytes"}),
-], ids=["one position dropped", "one score lowered", "two positions swapped", "a byte moved to another document"])
-def test_a_changed_score_file_is_named(trained, rerun, check, tmp_path, monkeypatch, change, failed):
-    monkeypatch.setattr(verify, "execute", lambda job: rerun)
-    np.savez(tmp_path / "changed.npz", **change(dict(np.load(trained / "scores.npz"))))
-    result = check("--probes", "--scores", tmp_path / "changed.npz", "--submission", trained / "submission.json")
-    assert result.status == 1 and result.failed == failed, result.text
+def lower_all(scores):
+    return scores | {"nats": scores["nats"] - 2e-4, "unlearned": scores["unlearned"] - 2e-4}
 
 
-@pytest.mark.parametrize("change, failed", [
-    (lambda s: s["own_text"].update(val_bpb=s["own_text"]["val_bpb"] - 1e-8), {"score"}),
-    (lambda s: s.update(val_bpb=s["own_text"]["val_bpb"]), {"score"}),  # at the top: the official split
-    (lambda s: s.update(own_text=None), {"score"}),
-    (lambda s: s.update(bytes_total=s["bytes_total"] - 1), {"size"}),
-], ids=["lowered", "other text", "nothing", "size"])
-def test_a_changed_submission_is_named(trained, rerun, check, tmp_path, monkeypatch, change, failed):
-    monkeypatch.setattr(verify, "execute", lambda job: rerun)
-    submission = json.loads((trained / "submission.json").read_text())
-    change(submission)
-    (tmp_path / "submission.json").write_text(json.dumps(submission))
-    result = check("--probes", "--submission", tmp_path / "submission.json")
-    assert result.status == 1 and result.failed == failed, result.text
+def on_a_gpu(scores):
+    """Scores that lie as far from float32 as bf16 does."""
+    noise = np.random.default_rng(0).normal(0, 0.014, len(scores["nats"]))
+    unlearned = np.maximum(scores["unlearned"] + noise, 0)
+    return scores | {"unlearned": unlearned, "nats": unlearned, "device": np.array("cuda")}
 
 
-@pytest.mark.parametrize("off, failed", [(0, set()), (2e-9, {"score"})])
-def test_a_claim_of_full_precision_in_the_log_is_found(trained, rerun, check, monkeypatch, off, failed):
-    bpb = json.loads((trained / "submission.json").read_text())["own_text"]["val_bpb"]
-    line = f'audit: claim passed {{"val_bpb": {bpb + off!r}}}\n'
-    monkeypatch.setattr(verify, "execute", lambda job: SimpleNamespace(**vars(rerun) | dict(log=rerun.log + line)))
-    result = check("--probes")
-    assert result.failed == failed and "log, full precision" in result.text
+def lower_on_a_gpu(scores):
+    scores = on_a_gpu(scores)
+    return scores | {name: scores[name] * 0.999 for name in ("nats", "unlearned")}
 
 
-def test_a_tokenizer_whose_table_and_text_disagree(trained, check, tmp_path):
+def cut_short(scores):
+    return {name: x[:-1] if x.ndim else x for name, x in scores.items()}
+
+
+@pytest.mark.parametrize(
+    "change, failed",
+    [
+        (drop, {"claimed_positions", "claimed_sample"}),
+        (lower, {"claimed_score", "claimed_sample"}),
+        (swap, {"claimed_positions", "claimed_sample"}),
+        (move_a_byte, {"claimed_bytes"}),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_a_changed_score_file_is_named(runs, check, at_rest, tmp_path, change, failed):
+    folder = runs()
+    np.savez(tmp_path / "changed.npz", **change(dict(np.load(folder / "scores.npz"))))
+    options = *files_of(folder), "--scores", tmp_path / "changed.npz"
+    result = check(folder, *options)
+    assert result.status == 1 and result.failed == {*failed, "run"}, result.text
+
+
+@pytest.mark.parametrize(
+    "change, failed",
+    [
+        (drop, {"sample_positions", "reproduced"}),
+        (cut_short, {"sample_positions", "reproduced"}),
+        (swap, {"sample_positions", "reproduced"}),
+        (move_a_byte, {"sample_bytes"}),
+        (lower, {"reproduced"}),
+        (lower_all, {"reproduced"}),
+        (on_a_gpu, set()),
+        (lower_on_a_gpu, {"reproduced"}),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_a_changed_sample_is_named(runs, check, tmp_path, change, failed):
+    folder = runs("stream")
+    sample = dict(np.load(folder / "model.sample.npz"))
+    np.savez(tmp_path / "changed.npz", **change(sample))
+    result = check(folder, "--probes", "--sample", tmp_path / "changed.npz")
+    assert result.failed == failed, result.text
+
+
+def own_text(**changes):
+    def change(figures):
+        text = {name: figures[name] for name in ("documents", "bytes", "val_bpb", "val_loss")}
+        return dict(own_text=text | changes)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, failed",
+    [
+        (lambda f: own_text(val_bpb=f["val_bpb"] - 2e-9)(f), {"claims", "claimed_score"}),
+        (lambda f: own_text(bytes=f["bytes"] + 1)(f), {"claims"}),
+        (lambda f: dict(val_bpb=f["val_bpb"]), {"claims"}),  # at the top: the official split
+        (lambda f: dict(hardware="8xNVIDIA H100 80GB HBM3"), {"claims"}),
+        (lambda f: dict(step_stop=f["step_stop"] + 1), {"claims"}),
+        (lambda f: dict(bytes_total=f["bytes_total"] - 1), {"size", "claims"}),
+    ],
+    ids=["lowered", "bytes", "other text", "hardware", "steps", "size"],
+)
+def test_a_changed_submission_is_named(runs, check, at_rest, change, failed):
+    folder = runs()
+    figures = verify.read_log(folder / "logs" / "run.txt").figures
+    result = check(folder, *files_of(folder, **change(figures)))
+    assert result.status == 1 and result.failed == {*failed, "run"}, result.text
+
+
+def changed_figures(**changes):
+    def change(log: str) -> str:
+        head, line = log.rstrip().rsplit("figures: ", 1)
+        return f"{head}figures: {json.dumps(json.loads(line) | changes)}\n"
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, failed",
+    [
+        (changed_figures(val_bpb=1.0), {"claims", "claimed_score"}),
+        (changed_figures(val_loss=1.0), {"claims"}),
+        (changed_figures(documents=50_000, official=True), {"claims"}),
+        (changed_figures(bytes_code=1), {"size"}),
+        (changed_figures(hardware="8xNVIDIA H100 80GB HBM3"), {"claims"}),
+        (changed_figures(checks={"size": {"passed": False}}), {"claims"}),
+        (changed_figures(checks={}), {"claims"}),
+        (lambda log: log.replace("val_bpb:", "val_bpb:0"), {"claims"}),
+        (lambda log: log.replace("softcap", "softcup"), {"claims"}),
+    ],
+    ids="bpb loss official code hardware failed unchecked exact source".split(),
+)
+def test_a_changed_log_is_named(runs, check, at_rest, tmp_path, change, failed):
+    folder = runs()
+    log = (folder / "logs" / "run.txt").read_text("utf-8")
+    (tmp_path / "log.txt").write_text(change(log), "utf-8")
+    options = "--scores", folder / "scores.npz", "--log", tmp_path / "log.txt"
+    result = check(folder, *options)
+    assert result.status == 1 and result.failed == {*failed, "run"}, result.text
+
+
+def copy_of_data(folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folder / "data", to / "data"))
+
+
+def documents_of(data: Path) -> list[np.ndarray]:
+    ids = verify.read_shard(data / "fineweb_val_000000.bin")
+    return np.split(ids, np.flatnonzero(ids == BOS)[1:])
+
+
+@pytest.mark.parametrize(
+    "cut, found", [(None, 1), (1, 0), (0, 1)], ids=["inside", "over two shards", "at a border"]
+)
+def test_validation_documents_in_the_training_shards_are_counted(
+    runs, check, at_rest, tmp_path, cut, found
+):
+    """A document that a shard's end cuts is no whole one; 1 of 4 documents is too many."""
+    data = copy_of_data(runs(), tmp_path)
+    leaked = documents_of(data)[1]
+    parts = [leaked, [BOS, 5]] if cut is None else [[BOS, 5, *leaked[:cut]], leaked[cut:]]
+    for i, ids in enumerate(parts):
+        write_shard(data / f"fineweb_train_{i + 2:06d}.bin", ids)
+    result = check(runs(), data=data)
+    assert f"{found} of 4 documents in 4 shards" in result.text
+    assert result.failed == {"run"} | ({"overlap"} if found else set())
+
+
+@pytest.mark.parametrize("told, failed", [(0, {"run"}), (1, {"run", "overlap"})])
+def test_the_overlap_is_the_one_that_stats_json_tells(runs, check, at_rest, tmp_path, told, failed):
+    data = copy_of_data(runs(), tmp_path)
+    overlap = {"validation_documents_in_training": told, "validation_documents": 4}
+    (data / "stats.json").write_text(json.dumps({"overlap": overlap}))
+    assert check(runs(), data=data).failed == failed
+
+
+def test_without_training_shards_nothing_is_counted(runs, check, at_rest, tmp_path):
+    data = copy_of_data(runs(), tmp_path)
+    for path in data.glob("fineweb_train_*"):
+        path.unlink()
+    result = check(runs(), data=data)
+    assert result.failed == {"run"} and "verify: overlap: no training shards" in result.text
+
+
+def test_a_tokenizer_whose_table_and_text_disagree(runs, check, at_rest, tmp_path):
     """A space inside a piece: three bytes to the table, one in the text."""
-    model = tokenizer_model()
-    sp = load(model)
-    ids = np.fromfile(trained / "data/fineweb_val_000000.bin", "<u2", offset=1024)
-    used = next(int(i) for i in ids if sp.id_to_piece(int(i)).isalpha() and len(sp.id_to_piece(int(i))) == 2)
-    first, second = sp.id_to_piece(used)
-    (tmp_path / "edited.model").write_bytes(edit_pieces(model, {used: (f"{first}\u2581{second}", NORMAL)}))
-    result = check("--probes", "--train-script", planted(tmp_path), tokenizer=tmp_path / "edited.model")
-    assert result.status == 1 and result.failed == {"bytes", "score"}, result.text
-
-
-DELTA = """gated_delta_rule(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, g, beta,
-                                    memory.pop(0) if memory is not None else None)"""
-SOFTCAP = "        return cap * torch.tanh(self.lm_head(norm(x)).float() / cap)\n"
-TOKENS = "        self.paths, self.tokens = stream.paths, stream.read(0, len(stream)).to(DEVICE)\n"
-LUT = 'base = len(piece.removeprefix("\\u2581").encode()) if plain'
-BUGS = {
-    "a state that starts where the sequence ends": ("future", {"future"}, [
-        (f"        o, state = {DELTA}", f"        o, state = {DELTA.replace('else None', f'else {DELTA}[1]')}"),
-        (", RESET_LOG_DECAY)", ", 0.0)")]),
-    "the statistics of all validation text": ("truncation", {"truncation"}, [
-        ("log = logging.getLogger(\"train_gpt\")\n", "log = logging.getLogger(\"train_gpt\")\nCOUNTS = []\n"),
-        (TOKENS, TOKENS + "        COUNTS[:] = torch.bincount(self.tokens, minlength=hp.vocab_size).tolist()\n"),
-        (SOFTCAP, SOFTCAP.rstrip() + " + torch.tensor(COUNTS).log1p()\n")]),
-    "a bonus for the target": ("normalisation", {"normalisation"}, [
-        ("    nats_of = functools.partial(token_nats, model)\n",
-         "    def nats_of(x, y):\n        return (token_nats(model, x, y) - 0.01).clamp(min=0)\n\n")]),
-    "the target among the inputs": ("normalisation", {"normalisation"}, [
-        ("bigram ^ (51497 * shift(ids, 2))", "bigram ^ (51497 * ids.roll(-1, 1))")]),
-    "a document that goes on into the next": ("isolation", {"isolation"}, [
-        (", RESET_LOG_DECAY)", ", 0.0)")]),
-    "a leading space counted twice": (None, {"bytes", "score"}, [
-        (LUT, LUT.replace(" if", ' + piece.startswith("\\u2581") if'))]),
-    "the last targets dropped": (None, {"positions"}, [
-        (TOKENS, TOKENS.replace("len(stream))", "(len(stream) - 1) // 64 * 64 + 1)"))]),
-}
-
-
-@pytest.mark.parametrize("probe, failed, edits", BUGS.values(), ids=BUGS)
-def test_a_script_with_a_bug_is_caught(check, tmp_path, probe, failed, edits):
-    probes = ["--probes", probe] if probe else ["--probes"]
-    result = check("--probe-tokens", 400, "--train-script", planted(tmp_path, *edits), *probes)
-    assert result.status == 1 and result.failed == failed, result.text
-
-
-PLANS, STEP = "    for plan, end in plans:\n", "                learner.learn(step, out, scored)\n"
-READ = "nats_of(tokens[here], tokens[here + 1], *memory)"
-SCORED = (".min() < 1:", ".min() < 0:")  # the program's own look at what it learns from
-ADAPT, SHARE = "            self.update(self.adamw)\n", "            for _, B, _ in self.adapters.values():\n"
-
-
-def read(memory: str) -> str:
-    """The same forward, which leaves the memory as it was."""
-    return READ.replace("*memory", f"*map(list, {memory})")
-
-
-CHEATS = {
-    "adapters learn from a chunk before it is scored": ("lora", {"future", "normalisation"}, [
-        (READ, f"(learner and learner.learn(step, {read('memory')}, scored), {READ})[1]")]),
-    "what adapters learned from is scored again": ("lora", {"future", "normalisation"}, [
-        (READ, f"(before := [*map(list, memory)], {READ})[1]"),
-        (STEP, STEP + f"                nats[index[scored]] = {read('before')}.detach()[scored].double()\n")]),
-    "adapters learn from the next document in their chunk": ("lora", {"rows"}, [("out * scored", "out")]),
-    "all rows teach all adapters": ("lora", {"rows"}, [
-        (ADAPT, SHARE + "                B.grad += B.grad.sum(0)\n" + ADAPT)]),
-    "adapters that know the last document at the next one's start": ("lora", {"normalisation"}, [
-        ("B.data.mul_(", "B.data.mul(")]),
-    "SGD learns from a chunk before it is scored": ("sliding sgd", {"future"}, [
-        SCORED, (PLANS, PLANS + "        learner and learner.end_segment(end)\n")]),
-    "and in a stream": ("stream sgd", {"future"}, [
-        SCORED, (PLANS, PLANS + "        learner and learner.end_segment(end)\n")]),
-    "what SGD learned from is scored again": ("sliding sgd", {"future"}, [
-        (PLANS, PLANS.replace("plans", "[plan for plan in plans for _ in range(2 if ttt else 1)]"))]),
-    "a phase learns from a chunk that is scored in part": ("lora in phases", {"future"}, [
-        SCORED, ("end - n + 1, n)", "end, n)")]),
-    "a document in a stream goes on into the next": ("stream", {"isolation"}, [
-        (", RESET_LOG_DECAY)", ", 0.0)")]),
-}
-
-
-@pytest.mark.parametrize("mode, failed, edits", CHEATS.values(), ids=CHEATS)
-def test_a_script_that_cheats_while_it_learns_is_caught(check, tmp_path, mode, failed, edits):
-    """By each of these probes."""
-    result = check("--probe-tokens", 500, "--train-script", planted(tmp_path, *edits), "--probes", *failed, mode=mode)
-    assert result.status == 1 and result.failed == failed, result.text
+    model, folder = tokenizer_model(), runs()
+    sp, ids = load(model), np.concatenate(documents_of(folder / "data"))
+    pieces = {int(i): sp.id_to_piece(int(i)) for i in ids}
+    used = next(i for i, piece in pieces.items() if piece.isalpha() and len(piece) == 2)
+    first, second = pieces[used]
+    edited = edit_pieces(model, {used: (f"{first}\u2581{second}", NORMAL)})
+    (tmp_path / "edited.model").write_bytes(edited)
+    result = check(folder, *files_of(folder), tokenizer=tmp_path / "edited.model")
+    assert result.failed == {"run", "sample_bytes", "claimed_bytes", "claimed_score", "claims"}
 
 
 def bad_header(data: Path):
     write_shard(data / "fineweb_val_000000.bin", [1, 5, 6], header=(20240521, 1, None))
 
 
-def cut_short(data: Path):
+def too_short(data: Path):
     write_shard(data / "fineweb_val_000000.bin", [1, 5, 6], header=(20240520, 1, 4))
 
 
@@ -367,38 +453,99 @@ def sidecar_only(data: Path):
     write_shard(data / "fineweb_val_bytes_000000.bin", [1, 5, 6])
 
 
-@pytest.mark.parametrize("make, message", [
-    (bad_header, "fineweb_val_000000.bin: magic 20240521"), (cut_short, "fineweb_val_000000.bin: magic 20240520"),
-    (foreign_ids, "fineweb_val_000000.bin: token 60000"), (no_bos, "expected at least 2 tokens"),
-    (sidecar_only, "no file fineweb_val_"),
-], ids=lambda x: getattr(x, "__name__", ""))
-def test_a_shard_that_cannot_be_used_is_one_line(check, tmp_path, make, message):
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (bad_header, "fineweb_val_000000.bin: not a shard: magic 20240521"),
+        (too_short, "fineweb_val_000000.bin: not a shard: magic 20240520"),
+        (foreign_ids, "fineweb_val_000000.bin: token 60000"),
+        (no_bos, "expected BOS=1, and a token"),
+        (sidecar_only, "no file fineweb_val_"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_a_shard_that_cannot_be_used_is_one_line(runs, check, tmp_path, make, message):
     make(tmp_path)
-    status = check(data=tmp_path).status
+    shutil.copy(runs() / "data" / "tokenizer.model", tmp_path)
+    status = check(runs(), data=tmp_path).status
     assert status.startswith("verify: error: ") and message in status and "\n" not in status
 
 
-@pytest.mark.parametrize("options, files, message", [
-    ([], dict(artifact="nowhere.ptz"), "nowhere.ptz: no such file"),
-    ([], dict(tokenizer="nowhere.model"), "nowhere.model: no such file"),
-    ([], dict(tokenizer="submission.json"), "submission.json: not a SentencePiece model"),
-    (["--scores", ROOT / "README.md"], {}, "README.md: not a score file"),
-    (["--submission", ROOT / "README.md"], {}, "README.md: not JSON"),
-], ids=["artifact", "tokenizer", "no tokenizer", "scores", "submission"])
-def test_a_file_that_cannot_be_used_is_one_line(check, options, files, message):
-    status = check(*options, **files).status
+@pytest.mark.parametrize(
+    "options, files, message",
+    [
+        ([], dict(artifact="nowhere.ptz"), "nowhere.ptz: no such file"),
+        ([], dict(tokenizer="nowhere.model"), "nowhere.model: no such file"),
+        ([], dict(tokenizer="train_gpt.py"), "train_gpt.py: not a SentencePiece model"),
+        ([], dict(script="nowhere.py"), "nowhere.py"),
+        (["--scores", ROOT / "README.md"], {}, "README.md: not a score file"),
+        (["--submission", ROOT / "README.md"], {}, "README.md: not a JSON object"),
+        (["--log", ROOT / "README.md"], {}, "README.md: not the log of a run"),
+    ],
+    ids="artifact tokenizer model script scores submission log".split(),
+)
+def test_a_file_that_cannot_be_used_is_one_line(runs, check, options, files, message):
+    files = {name: runs() / file for name, file in files.items()}
+    status = check(runs(), *options, **files).status
     assert status.startswith("verify: error: ") and message in status and "\n" not in status
 
 
-def test_a_tokenizer_with_another_bos_does_not_fit(check, tmp_path):
+def test_a_tokenizer_with_another_bos_does_not_fit(runs, check, tmp_path):
     (tmp_path / "other.model").write_bytes(tokenizer_model(bos_id=2, eos_id=1))
-    assert "BOS is 2, expected 1" in check(tokenizer=tmp_path / "other.model").status
+    assert "BOS is 2, expected 1" in check(runs(), tokenizer=tmp_path / "other.model").status
 
 
-def test_the_cap_is_decimal_and_counts_the_script(trained, tmp_path):
-    script = tmp_path / "script.py"
-    job = SimpleNamespace(artifact=trained / "final_model.int6.ptz", script=script, claims={})
+# -----------------------------------------------------------------------------
+# Parts
+
+
+def test_the_cap_is_decimal_and_counts_all_code(tmp_path):
+    (tmp_path / "systems").mkdir()
+    for name in "train_gpt.py", "unused.py", "systems/parts.py", "systems/other.py":
+        (tmp_path / name).write_text("import math\n" + "#" * 100)
+    script, artifact = tmp_path / "systems" / "own.py", tmp_path / "model.ptz"
+    script.write_text("import parts\n    from train_gpt import bounded\n")
+    code = verify.code_of(script)
+    assert list(code) == ["systems/own.py", "systems/parts.py", "train_gpt.py"]
+    size = sum(path.stat().st_size for path in code.values())
+    log = SimpleNamespace(figures={})
+    job = SimpleNamespace(artifact=artifact, code=code, log=log, submission={})
     for excess in 0, 1:
-        with open(script, "wb") as file:
-            file.truncate(16_000_000 - job.artifact.stat().st_size + excess)
+        with open(artifact, "wb") as file:
+            file.truncate(16_000_000 - size + excess)
         assert verify.check_size(job)[0] is (excess == 0)
+
+
+@pytest.mark.parametrize(
+    "documents, end",
+    [([9000, 7000, 384], 16_384), ([9000, 7000, 385], 16_000), ([20_000, 5], 20_000), ([7], 7)],
+)
+def test_the_sample_is_the_first_whole_documents(tmp_path, documents, end):
+    ids = np.full(sum(documents), 5)
+    ids[np.cumsum([0, *documents[:-1]])] = BOS
+    write_shard(tmp_path / "fineweb_val_000000.bin", ids)
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_model())
+    assert verify.Text(tmp_path, tmp_path / "tokenizer.model").end == end
+
+
+@pytest.mark.parametrize("V, places", [(8192, 8), (1024, 18), (400, 41), (64, 41)])
+def test_as_many_contexts_as_the_budget_has(V, places):
+    budget = verify.parse(["x", "--data", "x", "--tokenizer", "x"]).normalisation_tokens
+    groups = verify.contexts(V, budget)
+    lengths = sorted(n for group in groups for n in group)
+    assert lengths == [*range(1, places), 63]
+
+
+def test_the_program_is_started_as_it_is_by_hand(tmp_path):
+    (tmp_path / "systems").mkdir()
+    for name in "train_gpt.py", "systems/own.py":
+        (tmp_path / name).write_text("import os\nprint(__file__, sorted(os.environ))\n")
+    job = SimpleNamespace(code={"systems/own.py": None, "train_gpt.py": None})
+    result = verify.launch(job, tmp_path, {"A": "1"}, 1)
+    assert result.returncode == 0 and result.stdout.startswith(str(tmp_path / "systems/own.py"))
+    assert isinstance(result, subprocess.CompletedProcess) and "'A'" in result.stdout
+
+
+def test_in_process_a_run_has_nothing_of_this_one(tmp_path, runs):
+    result = run(script_of(runs()), tmp_path, {"EVAL_ONLY": "1", "ARTIFACT": "nowhere"})
+    assert result.returncode == 1 and "nowhere" in result.stderr

@@ -1,22 +1,33 @@
-"""Measure what the README states. Speed is always a ratio within one run; nothing here is counted or needed to train.
+"""Measure what the README states. Speed is always a ratio within one run; nothing here is counted
+or needed to train.
 
-    python tools/bench.py --delta         # gated_delta_rule against fla's naive chunk function, forward + backward
-    python tools/bench.py --size          # parameters and estimated artifact bytes of every preset, on the meta device
-    python tools/bench.py --throughput    # training tokens/s of PRESET, without its curriculum, and the matmul floor
-    python tools/bench.py --presets       # each preset at toy size: same parameters, same tokens of DATA_PATH, seeds
-    python tools/bench.py --evaluation    # ARTIFACT scored by windows, as a stream and with test-time training
+    python tools/bench.py --delta         # gated_delta_rule against fla's naive chunk function
+    python tools/bench.py --size          # parameters and estimated bytes of every system
+    python tools/bench.py --throughput    # training tokens/s of SYSTEM, and the matmul floor
+    python tools/bench.py --systems       # each at toy size: same parameters, tokens and seeds
+    python tools/bench.py --evaluation    # ARTIFACT scored by windows, as a stream, while learning
+    python tools/bench.py --evaluation --train-script systems/NAME.py    # that of another system
+
+A system is `record`, which is train_gpt.py, or the NAME of a file systems/NAME.py. Other settings
+are environment variables, as of a run: PRESET=demo with --size and --throughput, DATA_PATH and
+TOKENIZER_PATH with --systems, all of scoring with --evaluation.
 """
 
 import argparse
+import bisect
+import importlib
+import json
 import math
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +36,63 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import train_gpt as t  # noqa: E402
+sys.path[:0] = [str(ROOT), str(ROOT / "systems")]
+import train_gpt as t  # noqa: E402  (the paths come first)
+
+# parameters as published: #1545, #1787 with #1855, the competition's baseline, #1734, #875, #1047
+PUBLISHED = dict(
+    record="33,862,953",
+    transformer="35,945,671",
+    baseline="17,059,912",
+    kv_share="33,909,825",
+    pure_gdn="not stated",
+    crawler="14,487,088",
+)
+SYSTEMS = tuple(PUBLISHED)
+
+
+def script_of(system: str) -> Path:
+    """What a run of the system starts."""
+    return ROOT / "train_gpt.py" if system == "record" else ROOT / "systems" / f"{system}.py"
+
+
+def module_of(system: str):
+    """The module with its Hyperparameters and GPT. Raises: ValueError naming SYSTEM."""
+    if system not in SYSTEMS:
+        raise ValueError(f"SYSTEM={system!r}: expected one of {', '.join(SYSTEMS)}")
+    return t if system == "record" else importlib.import_module(system)
+
+
+def system_of(script: str) -> str:
+    """The system that this file is. Raises: argparse.ArgumentTypeError if it is none."""
+    for system in SYSTEMS:
+        if Path(script).resolve() == script_of(system):
+            return system
+    raise argparse.ArgumentTypeError(f"{script} is not train_gpt.py or systems/NAME.py of {ROOT}")
+
+
+def code_files(system: str) -> set[Path]:
+    """What is counted beside the artifact: train_gpt.py, the system's file, and what that imports
+    of its folder."""
+    files, unread = {script_of("record")}, [script_of(system)]
+    while unread:
+        files.add(path := unread.pop())
+        imports = re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.M)
+        beside = {ROOT / "systems" / f"{name}.py" for name in imports}
+        unread += [path for path in beside - files if path.is_file()]
+    return files
+
+
+def code_bytes(system: str) -> int:
+    return sum(path.stat().st_size for path in code_files(system))
+
+
+# --- Time -----------------------------------------------------------------------------------------
 
 
 def seconds(function) -> float:
     """Wall time of one call, with the device idle before and after."""
-    sync = torch.cuda.synchronize if t.DEVICE.type == "cuda" else lambda: None
+    sync = torch.cuda.synchronize if t.world.on_cuda else lambda: None
     sync()
     start = time.perf_counter()
     function()
@@ -40,21 +101,36 @@ def seconds(function) -> float:
 
 
 def median_seconds(functions: list, runs: int, warmup: int = 3) -> list[float]:
-    """Median wall time of each; the functions take turns, so that a drift of the machine hits all of them."""
+    """Median wall time of each; the functions take turns, so that a drift of the machine hits all
+    of them."""
     times = [[seconds(f) for f in functions] for _ in range(warmup + runs)][warmup:]
     return [sorted(column)[runs // 2] for column in zip(*times, strict=True)]
 
 
 def matmul_flops_per_second(dtype: torch.dtype) -> float:
     """What this machine reaches on a 2048 x 2048 x 2048 product: the practical ceiling."""
-    a, b = (torch.randn(2048, 2048, device=t.DEVICE, dtype=dtype) for _ in range(2))
+    a, b = (torch.randn(2048, 2048, device=t.world.device, dtype=dtype) for _ in range(2))
     return 2 * 2048**3 / median_seconds([lambda: a @ b], 10)[0]
 
 
+# --- The delta rule -------------------------------------------------------------------------------
+
+
 def delta_flops(B: int, T: int, H: int, K: int, V: int, chunk: int) -> int:
-    """Multiply-adds x 2 of the chunked forward: 2 C^2 K scores, the solve and 2 products with it, state in and out."""
-    per_chunk = 2 * chunk**2 * K + chunk**3 // 3 + chunk**2 * (K + V) + chunk**2 * V + 3 * chunk * K * V
-    return 2 * B * H * math.ceil(T / chunk) * per_chunk
+    """Multiply-adds x 2 of the chunked forward: 2 C^2 K scores, the solve and 2 products with it,
+    state in and out."""
+    scores, solve = 2 * chunk**2 * K, chunk**3 // 3
+    products, state = chunk**2 * (K + V) + chunk**2 * V, 3 * chunk * K * V
+    return 2 * B * H * math.ceil(T / chunk) * (scores + solve + products + state)
+
+
+def delta_inputs(B: int, T: int, H: int, K: int) -> list[torch.Tensor]:
+    """q, k, v: [B, T, H, K]; g, beta: [B, T, H]; all with gradients."""
+    device = t.world.device
+    q, k = (F.normalize(torch.randn(B, T, H, K, device=device), dim=-1) for _ in range(2))
+    v = torch.randn(B, T, H, K, device=device)
+    g, beta = -torch.rand(B, T, H, device=device), torch.rand(B, T, H, device=device)
+    return [x.requires_grad_() for x in (q, k, v, g, beta)]
 
 
 def bench_delta(args) -> None:
@@ -63,35 +139,42 @@ def bench_delta(args) -> None:
 
     torch.manual_seed(0)
     B, T, H, K = 8, 1024, 4, 64
-    q, k = (F.normalize(torch.randn(B, T, H, K, device=t.DEVICE), dim=-1) for _ in range(2))
-    v = torch.randn(B, T, H, K, device=t.DEVICE)
-    g, beta = -torch.rand(B, T, H, device=t.DEVICE), torch.rand(B, T, H, device=t.DEVICE)
-    inputs = [x.requires_grad_() for x in (q, k, v, g, beta)]
-    state = torch.zeros(B, H, K, K, device=t.DEVICE)
+    inputs, state = delta_inputs(B, T, H, K), torch.zeros(B, H, K, K, device=t.world.device)
 
-    def run(function):
-        o, final = function()
-        return [o, final, *torch.autograd.grad(o.square().sum() + final.square().sum(), inputs)]
+    def with_gradients(o, final):
+        loss = o.square().sum() + final.square().sum()
+        return [o, final, *torch.autograd.grad(loss, inputs)]
 
     def ours():
-        return run(lambda: t.torch_gated_delta_rule(*inputs, state))
+        return with_gradients(*t.torch_gated_delta_rule(*inputs, state))
 
     def naive():
-        return run(lambda: naive_chunk_gated_delta_rule(q, k, v, g, beta, output_final_state=True))
+        return with_gradients(*naive_chunk_gated_delta_rule(*inputs, output_final_state=True))
 
-    errors = [((a - b).norm() / b.norm()).item() for a, b in zip(ours(), naive(), strict=True)]
+    pairs = zip(ours(), naive(), strict=True)
+    errors = [((a - b).norm() / b.norm()).item() for a, b in pairs]
     mine, theirs = median_seconds([ours, naive], args.runs)
     peak = matmul_flops_per_second(torch.float32)
     floor = 3 * delta_flops(B, T, H, K, K, 64) / peak  # a backward is two forwards
-    print(f"gated_delta_rule B {B} T {T} H {H} K = V = {K}, forward + backward, {t.DEVICE.type}, float32")
-    print(f"  ours {1000 * mine:.1f} ms  fla naive chunk {1000 * theirs:.1f} ms  ratio {theirs / mine:.2f}x")
-    print(f"  relative error of o, state, dq, dk, dv, dg, dbeta: {' '.join(f'{e:.1e}' for e in errors)}")
-    print(f"  floor {1000 * floor:.1f} ms ({peak / 1e9:.0f} GFLOP/s matmul), {mine / floor:.1f}x above it")
+    print(
+        f"gated_delta_rule B {B} T {T} H {H} K = V = {K}, forward + backward, "
+        f"{t.world.device.type}, float32\n"
+        f"  ours {1000 * mine:.1f} ms  fla naive chunk {1000 * theirs:.1f} ms  "
+        f"ratio {theirs / mine:.2f}x\n"
+        f"  relative error of o, state, dq, dk, dv, dg, dbeta: "
+        f"{' '.join(f'{e:.1e}' for e in errors)}\n"
+        f"  floor {1000 * floor:.1f} ms ({peak / 1e9:.0f} GFLOP/s matmul), "
+        f"{mine / floor:.1f}x above it"
+    )
     assert max(errors) < 1e-4
 
 
+# --- Size -----------------------------------------------------------------------------------------
+
+
 def gaussian_bits(bits: int, clip_sigmas: float) -> float:
-    """Entropy in bits of a normal variable rounded to steps of clip_sigmas / qmax standard deviations."""
+    """Entropy in bits of a normal variable rounded to steps of clip_sigmas / qmax standard
+    deviations."""
     qmax = 2 ** (bits - 1) - 1
     edges = (torch.arange(-qmax, qmax, dtype=torch.float64) + 0.5) * clip_sigmas / qmax
     cdf = F.pad(torch.special.ndtr(edges), (1, 1))
@@ -99,229 +182,342 @@ def gaussian_bits(bits: int, clip_sigmas: float) -> float:
     return torch.special.entr(cdf.diff()).sum().item() / math.log(2)
 
 
-def parameters(hp: t.Hyperparameters) -> int:
+def shape_of(hp: t.Hyperparameters) -> t.GPT:
+    """The model of these hyperparameters, without memory for its weights."""
     with torch.device("meta"):
-        return sum(p.numel() for p in t.GPT(hp).parameters())
+        return module_of(hp.system).GPT(hp)
+
+
+def parameters(hp: t.Hyperparameters) -> int:
+    return sum(p.numel() for p in shape_of(hp).parameters())
 
 
 def estimated_bytes(hp: t.Hyperparameters) -> tuple[float, int]:
     """Entropy of the quantized values, were all rows normal; float16 of scales and the rest."""
-    with torch.device("meta"):
-        model = t.GPT(hp)
-    quantized, half = 0.0, 0
+    model, quantized, half = shape_of(hp), 0.0, 0
     for name, p in model.named_parameters():
-        is_scalar = model.kinds[name] == "scalar"
+        is_scalar = model.kinds[name] == t.SCALAR
         half += 2 * (p.numel() if is_scalar else len(p))
-        quantized += 0 if is_scalar else p.numel() * gaussian_bits(*t.precision(model, hp, name)) / 8
+        quantized += 0 if is_scalar else p.numel() * gaussian_bits(*model.precision(name)) / 8
     return quantized, half
 
 
 def bench_size(args) -> None:
-    code = os.path.getsize(t.__file__)
-    print(f"{'preset':<14}{'parameters':>12}{'integers':>12}{'float16':>10}{'code':>8}{'estimate':>12}{'of cap':>8}")
-    for preset in t.PRESETS:
-        hp = t.Hyperparameters.from_env({"PRESET": preset})
-        quantized, half = estimated_bytes(hp)
+    preset = os.environ.get("PRESET", "record")
+    names = f"{'parameters':>12}{'integers':>12}{'float16':>10}{'code':>9}{'estimate':>12}"
+    print(f"{'system':<14}{names}{'of cap':>8}")
+    for system in SYSTEMS:
+        hp = module_of(system).Hyperparameters.from_env({"PRESET": preset})
+        (quantized, half), code = estimated_bytes(hp), code_bytes(system)
         total = quantized + half + code
-        print(f"{preset:<14}{parameters(hp):>12,}{quantized:>12,.0f}{half:>10,}{code:>8,}{total:>12,.0f}"
-              f"{total / t.SIZE_LIMIT:>8.1%}")
+        print(
+            f"{system:<14}{parameters(hp):>12,}{quantized:>12,.0f}{half:>10,}{code:>9,}"
+            f"{total:>12,.0f}{total / t.SIZE_LIMIT:>8.1%}"
+        )
 
 
-# parameters as published: #1545, #1787 with #1855, the competition's baseline, #1734, #875 (none), #1047
-PUBLISHED = dict(record="33,862,953", transformer="35,945,671", baseline="17,059,912", kv_share="33,909,825",
-                 pure_gdn="not stated", crawler="14,487,088")
+# --- Throughput -----------------------------------------------------------------------------------
+
+
+def matmul_flops_per_token(model: t.GPT) -> float:
+    """Of training: the backward is two forwards."""
+    ids = torch.zeros(1, 64, dtype=torch.long, device=t.world.device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(ids)
+    return 3 * counter.get_flop_counts()["Global"][torch.ops.aten.mm] / 64
+
+
+def bench_throughput(args) -> None:
+    """Steps as at the end of a run, where a schedule has reached its last stage."""
+    module, device = module_of(os.environ.get("SYSTEM", "record")), t.world.device
+    hp = module.Hyperparameters.from_env(os.environ)
+    torch.manual_seed(0)
+    model = module.GPT(hp).to(device)
+    model.set_progress(1.0)
+    optimizer, token_loss = t.Muon(model, hp), t.TokenLoss(model)
+    rows = hp.train_batch_tokens // (hp.micro_steps() * hp.train_seq_len)
+    shape = hp.micro_steps_at(1.0), 2, rows, hp.train_seq_len
+
+    def step():
+        batch = [(x, y) for x, y in torch.randint(hp.vocab_size, shape, device=device)]
+        t.accumulate(token_loss, batch)
+        optimizer.step(1.0, hp.muon_momentum)
+
+    took, tokens = median_seconds([step], args.runs)[0], math.prod(shape) // 2
+    rate, peak = tokens / took, matmul_flops_per_second(t.world.dtype)
+    flops = matmul_flops_per_token(model)
+    print(
+        f"{hp.system}, preset {hp.preset}, {device}: {rate:,.0f} tokens/s, "
+        f"{1000 * took:.1f} ms per {tokens:,} tokens\n"
+        f"  matmul floor {flops / 1e6:.1f} MFLOP/token at {peak / 1e12:.3f} TFLOP/s: "
+        f"{peak / flops:,.0f} tokens/s, {rate * flops / peak:.1%} of it reached"
+    )
+    if t.world.on_cuda:
+        memory = torch.cuda.max_memory_allocated() / 2**30
+        print(f"  {torch.cuda.get_device_name()}, peak memory {memory:.2f} GiB")
+
+
+# --- Toys -----------------------------------------------------------------------------------------
+
 TOY = dict(
-    vocab_size=1024, data_path="./data/datasets/demo", tokenizer_path="./data/tokenizers/demo_1024_bpe.model",
-    train_batch_tokens=1536, train_seq_len=512, eval_seq_len=512, eval_stride=256, val_batch_size=4096, gdn_heads=2,
-    gdn_head_dim=64, num_heads=2, num_kv_heads=1, max_wallclock_seconds=0.0, eval_seconds=0.0, warmup_steps=1,
-    eval_mode="sliding", ttt="",
-    ema_decay=0.95, gptq_calibration_batches=16, matrix_clip_sigmas=6.0, mlp_clip_sigmas=6.0, embed_clip_sigmas=12.0,
+    vocab_size=1024,
+    data_path="./data/datasets/demo",
+    tokenizer_path="./data/tokenizers/demo_1024_bpe.model",
+    train_batch_tokens=1536,
+    train_seq_len=512,
+    gdn_heads=2,
+    gdn_head_dim=64,
+    num_heads=2,
+    num_kv_heads=1,
+    window_size=256,
+    max_wallclock_seconds=0.0,
+    warmup_steps=1,
+    ema_decay=0.95,
+    matrix_clip_sigmas=6.0,
+    mlp_clip_sigmas=6.0,
+    embed_clip_sigmas=12.0,
+    gptq_calibration_batches=16,
+    eval_mode="sliding",
+    eval_seq_len=512,
+    eval_stride=256,
+    val_batch_size=4096,
+    eval_seconds=0.0,
+    ttt="",
 )
+TOY_NGRAMS = dict(ngram_vocab_size=1024, ngram_dim=64)  # of a system that has them
+TOY_WIDTHS = range(48, 385, 4)
+SEEDED = ("record", "transformer", "baseline")  # run with all seeds, to be compared
 
 
-def toy(preset: str, target: int, tokens: int) -> tuple[dict, int]:
-    """Settings of a toy of the preset: its layout and tricks, the width that comes nearest to `target` parameters, and
-    as many steps as `tokens` need; and its parameters."""
-    ours = t.PRESETS[preset]
-    settings = TOY | dict(grad_accum_steps=3 if ours.get("curriculum") else 1,
-                          window_size=min(256, ours.get("window_size", 512)))
-    if ours.get("ngram_vocab_size"):
-        settings |= dict(ngram_vocab_size=1024, ngram_dim=64)
+def toy(system: str, target: int, tokens: int) -> tuple[dict, int]:
+    """Settings of a toy of the system: its layout and tricks, the width that comes nearest to
+    `target` parameters, and as many steps as `tokens` need; and its parameters."""
+    hp_class = module_of(system).Hyperparameters
+    settings = TOY | dict(grad_accum_steps=hp_class.grad_accum_steps or 1)
+    if hasattr(hp_class, "ngram_dim"):
+        settings |= TOY_NGRAMS
 
-    def build(width: int) -> t.Hyperparameters:
-        return t.Hyperparameters(**({"preset": preset} | ours | settings | dict(model_dim=width)))
+    def size(width: int) -> int:
+        return parameters(hp_class(**settings, model_dim=width))
 
-    width = min(range(48, 385, 4), key=lambda width: abs(parameters(build(width)) - target))
-    plan = t.stages(build(width))
-    ends = [start for start, _, _ in plan[1:]] + [1.0]
-    share = sum((end - start) * micro for end, (start, micro, _) in zip(ends, plan, strict=True))
-    per_step = settings["train_batch_tokens"] * share / settings["grad_accum_steps"]
-    return settings | dict(model_dim=width, iterations=round(tokens / per_step)), parameters(build(width))
+    above = max(1, bisect.bisect_left(TOY_WIDTHS, target, key=size))
+    width = min(TOY_WIDTHS[above - 1 : above + 1], key=lambda width: abs(size(width) - target))
+    hp = hp_class(**settings, model_dim=width)
+    starts = hp.stage_starts()
+    lengths = np.diff([*starts, 1.0])  # of the stages, in shares of the run
+    micro_steps = sum(lengths * [hp.micro_steps_at(start) for start in starts])  # in the mean
+    steps = tokens / (hp.train_batch_tokens * micro_steps / hp.micro_steps())
+    return settings | dict(model_dim=width, iterations=max(1, round(steps))), size(width)
 
 
-def run_output(name: str, settings: dict[str, str], folder) -> str:
-    """What train_gpt.py prints in a process of its own, in `folder`. settings: beside those of the environment.
+def run_output(name: str, system: str, settings: dict[str, str], folder) -> str:
+    """What a run of the system prints, in a process of its own, in `folder`. settings: beside those
+    of the environment.
     Raises: RuntimeError with `name` and the end of the output of a run that fails."""
-    run = subprocess.run([sys.executable, t.__file__], cwd=folder, env=os.environ | settings, capture_output=True,
-                         text=True)
+    command, env = [sys.executable, script_of(system)], os.environ | settings
+    run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"{name}: {run.stdout[-1000:]}{run.stderr[-1000:]}")
     return run.stdout
 
 
-def toy_run(preset: str, settings: dict, seed: int) -> tuple[float, float]:
+def figures_of(output: str) -> dict:
+    """What a run says of itself in its last line."""
+    return json.loads(re.search(r"^figures: (.*)$", output, re.M)[1])
+
+
+def toy_run(system: str, settings: dict, seed: int) -> tuple[float, float]:
     """One run. Returns bits per byte of the artifact and training tokens per second."""
-    settings = {name.upper(): str(value) for name, value in settings.items()} | dict(PRESET=preset, SEED=str(seed))
-    data = {name: str(Path(os.environ.get(name, settings[name])).resolve()) for name in ("DATA_PATH", "TOKENIZER_PATH")}
+    env = {name.upper(): str(value) for name, value in settings.items()}
+    for name in ("DATA_PATH", "TOKENIZER_PATH"):  # the run is in another folder
+        env[name] = str(Path(os.environ.get(name, env[name])).resolve())
+    env |= dict(PRESET="record", SEED=str(seed), ARTIFACT="toy.ptz", EVAL_ONLY="0")
     with tempfile.TemporaryDirectory() as folder:
-        out = run_output(f"{preset}, seed {seed}", settings | data, folder)
-    tokens = int(re.search(r'"of_them_needed": (\d+)', out)[1])
-    tokens -= int(settings["GPTQ_CALIBRATION_BATCHES"]) * int(settings["TRAIN_BATCH_TOKENS"])
-    train_ms = int(re.findall(r"val_bpb:\S+ train_time:(\d+)ms", out)[-1])
-    return float(re.findall(r"_exact val_loss:\S+ val_bpb:(\S+)", out)[-1]), 1000 * tokens / train_ms
+        output = run_output(f"{system}, seed {seed}", system, env, folder)
+    figures = figures_of(output)
+    calibration = settings["gptq_calibration_batches"] * settings["train_batch_tokens"]
+    tokens = figures["checks"]["schedule"]["of_them_needed"] - calibration
+    milliseconds = int(re.findall(r"val_bpb:\S+ train_time:(\d+)ms", output)[-1])
+    return figures["val_bpb"], 1000 * tokens / milliseconds
 
 
-def bench_presets(args) -> None:
-    data = os.environ.get("DATA_PATH", TOY["data_path"])
-    target = toy("record", 1_300_000, 1)[1]
-    print(f"toys of about {target:,} parameters, {args.tokens:,} tokens of {Path(data).name}, {t.DEVICE.type}")
-    print("| preset | layout | parameters, published | ours | artifact + code, estimated | toy: parameters | "
-          "val_bpb | seeds | tokens/s |\n|---|---|--:|--:|--:|--:|--:|--:|--:|")
-    scores = {}
-    for preset, published in PUBLISHED.items():
-        hp = t.Hyperparameters.from_env({"PRESET": preset})
-        settings, count = toy(preset, target, args.tokens)
-        seeds = args.seeds if preset in ("record", "transformer", "baseline") else 1
-        runs = [toy_run(preset, settings, seed) for seed in range(1, seeds + 1)]
+def bench_systems(args) -> None:
+    data = Path(os.environ.get("DATA_PATH", TOY["data_path"])).name
+    target, scores = toy("record", 1_300_000, 1)[1], {}
+    print(
+        f"toys of about {target:,} parameters, {args.tokens:,} tokens of {data}, "
+        f"{t.world.device.type}\n"
+        "| system | layout | parameters, published | ours | artifact + code, estimated | "
+        "toy: parameters | val_bpb | seeds | tokens/s |\n|---|---|--:|--:|--:|--:|--:|--:|--:|"
+    )
+    for system in SYSTEMS:
+        settings, count = toy(system, target, args.tokens)
+        seeds = args.seeds if system in SEEDED else 1
+        runs = [toy_run(system, settings, seed) for seed in range(1, seeds + 1)]
         bpb, rates = zip(*runs, strict=True)
-        scores[preset] = bpb
+        scores[system] = bpb
         noise = f" ± {statistics.stdev(bpb):.4f}" if seeds > 1 else ""
-        print(f"| `{preset}` | `{hp.layout}` | {published} | {parameters(hp):,} | "
-              f"{(sum(estimated_bytes(hp)) + os.path.getsize(t.__file__)) / 1e6:.2f} MB | {count:,} | "
-              f"{statistics.mean(bpb):.4f}{noise} | {seeds} | {statistics.median(rates):,.0f} |", flush=True)
-    for other in ("transformer", "baseline"):
+        hp = module_of(system).Hyperparameters()
+        estimate = sum(estimated_bytes(hp)) + code_bytes(system)
+        print(
+            f"| `{system}` | `{hp.layout}` | {PUBLISHED[system]} | {parameters(hp):,} | "
+            f"{estimate / 1e6:.2f} MB | {count:,} | {statistics.mean(bpb):.4f}{noise} | {seeds} | "
+            f"{statistics.median(rates):,.0f} |",
+            flush=True,
+        )
+    for other in SEEDED[1:]:
         better = [b - a for a, b in zip(scores["record"], scores[other], strict=True)]
-        print(f"record better than {other} by {statistics.mean(better):+.4f}, by seed: "
-              + " ".join(f"{x:+.4f}" for x in better))
+        by_seed = " ".join(f"{x:+.4f}" for x in better)
+        print(f"record better than {other} by {statistics.mean(better):+.4f}, by seed: {by_seed}")
 
 
-EVALUATIONS = {  # by name, what the mode needs in the environment
+# --- Evaluation -----------------------------------------------------------------------------------
+
+MODES = {  # by name, what the mode needs in the environment
     "non-overlapping": "EVAL_MODE=sliding EVAL_STRIDE={eval_seq_len}",
     "sliding-64": "EVAL_MODE=sliding EVAL_STRIDE=64",
     "stream": "EVAL_MODE=stream",
-    "stream+sgd": "EVAL_MODE=stream TTT=sgd",
     "stream+lora": "EVAL_MODE=stream TTT=lora",
-    "stream+lora+phases": "EVAL_MODE=stream TTT=lora TTT_PHASES=2",
+    "stream+lora+phases": "EVAL_MODE=stream TTT=lora TTT_PHASES=3",
+    "stream+sgd": "EVAL_MODE=stream TTT=sgd",
+    "sliding-64+sgd": "EVAL_MODE=sliding EVAL_STRIDE=64 TTT=sgd",
 }
+ROWS = [str(number) for number, _ in enumerate(MODES, 1)]  # the modes by number
 UNLESS_NAMED = dict(EVAL_ONLY="1", EVAL_SECONDS="0", TTT="", TTT_PHASES="0")
 OFFSETS = np.array([0, *(2**i for i in range(6, 14))])  # where the buckets of the curve begin
 
 
-def evaluation_run(name: str, settings: dict[str, str], folder: Path) -> tuple[float, float]:
-    """Bits per byte and seconds of the final pass. The log is logs/NAME.txt in the folder, the scores are NAME.npz."""
-    settings = UNLESS_NAMED | settings
-    out = run_output(name, settings | dict(RUN_ID=name, SCORES=str(folder / f"{name}.npz")), folder)
-    label = "sliding_window" if settings["EVAL_MODE"] == "sliding" else "stream"
-    label += f"_ttt_{settings['TTT']}" if settings["TTT"] else ""
-    final = re.search(rf"^(final_int\d_{label}) .* eval_time:(\d+)ms\n\1_exact .* val_bpb:(\S+)$", out, re.M)
-    return float(final[3]), int(final[2]) / 1000
+def settings_of(mode: str) -> dict[str, str]:
+    return dict(pair.split("=") for pair in mode.split())
+
+
+def modes_of(hp: t.Hyperparameters, rows: list[str] | None = None) -> dict[str, str]:
+    """The modes of its system, by name; of these the `rows`, by number or name.
+    Raises: ValueError if one of the rows is not a mode of the system."""
+    variables, own = {f.name.upper() for f in fields(hp)}, {}
+    for name, mode in MODES.items():
+        settings = settings_of(mode)
+        if settings.keys() <= variables and settings.get("TTT", "") in hp.ttt_kinds:
+            own[name] = mode.format(eval_seq_len=hp.eval_seq_len)
+    numbered = dict(zip(ROWS, MODES, strict=True))
+    wanted = [numbered.get(row, row) for row in rows or own]
+    if missing := [name for name in wanted if name not in own]:
+        raise ValueError(f"--rows {' '.join(missing)}: expected of {hp.system}: {', '.join(own)}")
+    return {name: mode for name, mode in own.items() if name in wanted}
+
+
+def evaluation_run(name: str, system: str, settings: dict[str, str], folder: Path):
+    """Bits per byte and seconds of the final pass. The log is logs/NAME.txt in the folder, the
+    scores are NAME.npz."""
+    own = dict(RUN_ID=name, SCORES=str(folder / f"{name}.npz"))
+    figures = figures_of(run_output(name, system, UNLESS_NAMED | settings | own, folder))
+    return figures["val_bpb"], figures["eval_time_seconds"]
 
 
 def by_offset(scores, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Targets, and their bits per byte, in each bucket of the offset of a target from its document's BOS. A BOS has the
-    offset 0 and no bytes: what the end of a document costs stands in the first bucket, of the document that begins.
+    """Targets, and their bits per byte, in each bucket of the offset of a target from its
+    document's BOS. A BOS has the offset 0 and no bytes: what the end of a document costs stands in
+    the first bucket, of the document that begins.
     scores: nats, bytes, position as of SCORES; starts: the positions of all BOS."""
     position = scores["position"]
     offset = position - starts[np.searchsorted(starts, position, side="right") - 1]
     bucket, n = np.searchsorted(OFFSETS, offset, side="right") - 1, len(OFFSETS)
     nats, total_bytes = (np.bincount(bucket, scores[name], n) for name in ("nats", "bytes"))
-    return np.bincount(bucket, minlength=n), nats / math.log(2) / np.where(total_bytes, total_bytes, np.nan)
+    bits_per_byte = nats / math.log(2) / np.where(total_bytes, total_bytes, np.nan)
+    return np.bincount(bucket, minlength=n), bits_per_byte
 
 
-def print_rows(chosen: dict[str, str], results: dict[str, tuple[float, float]]) -> None:
+def print_rows(modes: dict[str, str], results: dict[str, tuple[float, float]]) -> None:
     """The table of modes; without sliding-64 there is nothing to compare with."""
-    print("| mode | settings | val_bpb | to sliding-64 | seconds | speed |\n|---|---|--:|--:|--:|--:|")
+    print("| mode | settings | val_bpb | to sliding-64 | seconds | speed |")
+    print("|---|---|--:|--:|--:|--:|")
     base = results.get("sliding-64")
     for name, (bpb, took) in results.items():
-        gain, speed = (f"{bpb - base[0]:+.4f}", f"{base[1] / took:.2f}x") if base else ("-", "-")
-        print(f"| {name} | `{chosen[name]}` | {bpb:.4f} | {gain} | {took:.2f} | {speed} |")
+        gain, speed = "-", "-"
+        if base:
+            gain, speed = f"{bpb - base[0]:+.4f}", f"{base[1] / took:.2f}x"
+        print(f"| {name} | `{modes[name]}` | {bpb:.4f} | {gain} | {took:.2f} | {speed} |")
 
 
-def print_curve(results: list[str], folder: Path, starts: np.ndarray) -> None:
-    """Bits per byte by position in the document, of the scores in the folder; buckets without targets are left out."""
+def print_curve(names: list[str], folder: Path, starts: np.ndarray) -> None:
+    """Bits per byte by position in the document, of the scores in the folder; buckets without
+    targets are left out."""
     curves = []
-    for name in results:
+    for name in names:
         with np.load(folder / f"{name}.npz") as scores:
             curves.append(by_offset(scores, starts))
-    print(f"\n| offset | targets | {' | '.join(results)} |\n|--:|--:|{'--:|' * len(results)}")
-    ends = [f"-{end - 1}" for end in OFFSETS[1:]] + ["+"]
-    for start, end, count, *bits in zip(OFFSETS, ends, curves[0][0], *(bits for _, bits in curves), strict=True):
+    print(f"\n| offset | targets | {' | '.join(names)} |\n|--:|--:|{'--:|' * len(names)}")
+    ends, columns = [f"-{end - 1}" for end in OFFSETS[1:]] + ["+"], [bits for _, bits in curves]
+    for start, end, count, *bits in zip(OFFSETS, ends, curves[0][0], *columns, strict=True):
         if count:
             print(f"| {start}{end} | {count:,} | {' | '.join(f'{x:.4f}' for x in bits)} |")
 
 
+def print_head(hp: t.Hyperparameters, targets: int, documents: int) -> None:
+    shared = re.compile(r"eval_(seq_len|chunk|rows)|ttt_(?!phases)")
+    values = {name.upper(): value for name, value in vars(hp).items() if shared.match(name)}
+    print(
+        f"{Path(hp.artifact).name} ({hp.system}) on {Path(hp.data_path).name}, "
+        f"{documents:,} documents, {targets:,} targets, {t.world.device.type}; all with "
+        f"{' '.join(f'{name}={value}' for name, value in values.items())}\n",
+        flush=True,
+    )
+
+
 def bench_evaluation(args) -> None:
-    saved = t.load_artifact(os.environ.get("ARTIFACT", t.Hyperparameters.artifact), "cpu")[1]
-    hp = t.Hyperparameters.from_env(os.environ | UNLESS_NAMED, base=saved)
-    files = "artifact", "data_path", "tokenizer_path"  # runs are in another folder
-    paths = {name.upper(): str(Path(getattr(hp, name)).resolve()) for name in files}
-    chosen = {name: settings.format(eval_seq_len=hp.eval_seq_len)
-              for number, (name, settings) in enumerate(EVALUATIONS.items(), 1)
-              if not args.rows or {str(number), name} & {*args.rows}}
+    """Runs work on a copy of the artifact: each writes a sample of its scores beside it."""
+    system, env = args.system, os.environ | UNLESS_NAMED
+    module, path = module_of(system), env.get("ARTIFACT", t.Hyperparameters.artifact)
+    saved = t.load_artifact(path, "cpu", module.Hyperparameters, module.GPT)[1]
+    hp = module.Hyperparameters.from_env(env, saved)
+    modes, results = modes_of(hp, args.rows), {}
     stream = t.TokenStream(hp.data_path, "val", hp.vocab_size)
     starts = np.flatnonzero(stream.read(0, len(stream)).numpy() == t.BOS_ID)
-    shared = " ".join(f"{name.upper()}={value}" for name, value in vars(hp).items()
-                      if re.match(r"eval_(seq_len|chunk|rows)|ttt_(?!phases)", name))
-    print(f"{Path(hp.artifact).name} on {Path(hp.data_path).name}, {len(starts):,} documents, "
-          f"{len(stream) - 1:,} targets, {t.DEVICE.type}; all with {shared}\n", flush=True)
+    print_head(hp, len(stream) - 1, len(starts))
     with tempfile.TemporaryDirectory() as temporary:
-        folder, results = Path(args.folder or temporary).resolve(), {}
+        folder = Path(args.folder or temporary).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        for name, settings in chosen.items():
-            results[name] = evaluation_run(name, paths | dict(pair.split("=") for pair in settings.split()), folder)
-            print(f"{name}: {results[name][0]:.4f} in {results[name][1]:.1f} s", file=sys.stderr)
-        print_rows(chosen, results)
+        files = dict(
+            ARTIFACT=shutil.copy(path, temporary),
+            DATA_PATH=str(Path(hp.data_path).resolve()),
+            TOKENIZER_PATH=str(Path(hp.tokenizer_path).resolve()),
+        )
+        for name, mode in modes.items():
+            results[name] = evaluation_run(name, system, files | settings_of(mode), folder)
+            bpb, took = results[name]
+            print(f"{name}: {bpb:.4f} in {took:.1f} s", file=sys.stderr)
+        print_rows(modes, results)
         print_curve([*results], folder, starts)
 
 
-def bench_throughput(args) -> None:
-    hp = t.Hyperparameters.from_env(os.environ)
-    torch.manual_seed(0)
-    model = t.GPT(hp).to(t.DEVICE)
-    optimizer, nats_of = t.Muon(model, hp), t.scorer(model)
-    micro_steps = t.grad_accum_steps(hp)
-    shape = (micro_steps, 2, hp.train_batch_tokens // (micro_steps * hp.train_seq_len), hp.train_seq_len)
-
-    def step():
-        batch = [(x, y) for x, y in torch.randint(hp.vocab_size, shape, device=t.DEVICE)]
-        t.accumulate(model, nats_of, batch, hp.train_seq_len)
-        optimizer.step(1.0, hp.muon_momentum)
-
-    took = median_seconds([step], args.runs)[0]
-    rate = hp.train_batch_tokens / took
-    peak = matmul_flops_per_second(t.COMPUTE_DTYPE)
-    ids = torch.zeros(1, 64, dtype=torch.long, device=t.DEVICE)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(ids)
-    flops = 3 * counter.get_flop_counts()["Global"][torch.ops.aten.mm] / 64  # per token; the backward is two forwards
-    print(f"{hp.preset}, {t.DEVICE}: {rate:,.0f} tokens/s, {1000 * took:.1f} ms per {hp.train_batch_tokens:,} tokens")
-    print(f"  matmul floor {flops / 1e6:.1f} MFLOP/token at {peak / 1e12:.3f} TFLOP/s: {peak / flops:,.0f} tokens/s, "
-          f"{rate * flops / peak:.1%} of it reached")
-    if t.DEVICE.type == "cuda":
-        print(f"  {torch.cuda.get_device_name()}, peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    for bench in (bench_delta, bench_size, bench_throughput, bench_presets, bench_evaluation):
-        what.add_argument(f"--{bench.__name__[6:]}", dest="bench", action="store_const", const=bench)
-    parser.add_argument("--runs", type=int, default=10, help="timed runs, after 3 of warm-up")
-    parser.add_argument("--tokens", type=int, default=614_400, help="that each toy is trained on")
-    parser.add_argument("--seeds", type=int, default=3, help="of record, transformer and baseline; the others have one")
-    parser.add_argument("--rows", nargs="+", choices=[*map(str, range(1, len(EVALUATIONS) + 1)), *EVALUATIONS],
-                        help="of the evaluation, by number or name; default: all")
-    parser.add_argument("--folder", help="where the evaluation leaves its logs and scores; default: nowhere")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
+    for bench in (bench_delta, bench_size, bench_throughput, bench_systems, bench_evaluation):
+        name = bench.__name__.removeprefix("bench_")
+        what.add_argument(f"--{name}", dest="bench", action="store_const", const=bench)
+    seeded = ", ".join(SEEDED)
+    add("--runs", type=int, default=10, help="timed runs, after 3 of warm-up")
+    add("--tokens", type=int, default=614_400, help="that each toy is trained on")
+    add("--seeds", type=int, default=3, help=f"of {seeded}; the other toys have one")
+    add(
+        "--rows",
+        nargs="+",
+        choices=[*ROWS, *MODES],
+        metavar="ROW",
+        help="of the evaluation, by number or name; default: all that the system has",
+    )
+    add("--folder", help="where the evaluation leaves its logs and scores; default: nowhere")
+    add(
+        "--train-script",
+        type=system_of,
+        dest="system",
+        default=str(script_of("record")),
+        metavar="SCRIPT",
+        help="of the system whose artifact is evaluated; default: train_gpt.py",
+    )
     args = parser.parse_args()
     args.bench(args)
 

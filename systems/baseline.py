@@ -1,0 +1,42 @@
+"""The competition's naive baseline: its shape, trained, quantized and packed as the record is.
+
+torchrun --standalone --nproc_per_node=8 systems/baseline.py
+"""
+
+from dataclasses import dataclass
+
+import parts
+
+import train_gpt
+from train_gpt import bounded
+
+
+@dataclass
+class Hyperparameters(train_gpt.Hyperparameters):
+    system = "baseline"
+    data_path: str = "./data/datasets/fineweb10B_sp1024"
+    tokenizer_path: str = "./data/tokenizers/fineweb_1024_bpe.model"
+    vocab_size: int = bounded(1024, 2, 65536)
+    train_seq_len: int = bounded(1024, 1)
+    layout: str = "A9"
+    mlp_mult: float = bounded(2.0, 1)
+    rope_dims: int = 64
+    qk_gain_init: float = 1.5
+    xsa: bool = False
+    smear_dims: int = 0
+    eval_mode: str = "sliding"
+    eval_seq_len: int = bounded(1024, 2)
+    ttt: str = ""
+
+    def validate(self) -> None:
+        super().validate()
+        _, order = train_gpt.parse_layout(self.layout, self.kinds)
+        self.require("layout", len(order) > 1, "more than one pass")
+
+
+class GPT(parts.UNet):
+    ln_scale = False
+
+
+if __name__ == "__main__":
+    train_gpt.main(Hyperparameters, GPT)

@@ -1,0 +1,457 @@
+"""What the competition forbids: learning from validation text before it is scored, scores that are
+no probabilities, more bytes or seconds, hidden code, claims for what did not run."""
+
+import ast
+import json
+import re
+import sys
+from unittest import mock
+
+import numpy as np
+import torch
+from corpus import BOS
+from museum import (
+    ROOT,
+    Bug,
+    Program,
+    Run,
+    a_tokenizer_without_a_space,
+    counted,
+    each_is_caught,
+    own_clock,
+    parts,
+    shaken,
+    transformed,
+    validation_as_a_training_shard,
+)
+
+import train_gpt
+
+# --------------------------------------------------------------------------------------------------
+# Catchers
+
+
+def only_training_text_is_learned_from(p: Program) -> None:
+    """What meets a gradient or a Hessian, anywhere in the run, is no validation text."""
+    rows, forward, collect = [], p.core.GPT.forward, p.core.collect_hessians
+
+    def spy(self, ids, cache=None):
+        rows.extend(ids if torch.is_grad_enabled() else ())
+        return forward(self, ids, cache)
+
+    def spy_too(model, batches):
+        rows.extend(row for x, _ in batches for row in x)
+        return collect(model, batches)
+
+    p.core.GPT.forward, p.core.collect_hessians = spy, spy_too
+    run = Run(p, p.folder / "run")
+    val = (run.folder / "data" / "fineweb_val_000000.bin").read_bytes()
+    assert not [row for row in rows if row.numpy().astype("<u2").tobytes() in val]
+    steps = run.settings["warmup_steps"] + run.settings["iterations"]
+    assert len(rows) == (steps + 1 + 2) * 2  # of the warm-up's Hessians and the calibration
+
+
+def scores_are_those_of_a_loop_over_windows(p: Program) -> None:
+    """Each window alone, by the program as it is: what a window is the first to end with is what
+    stands in the score file."""
+    run = Run(p, p.folder / "run")
+    model, hp = train_gpt.load_artifact(run.folder / "model.ptz", "cpu")
+    ids = np.fromfile(run.folder / "data" / "fineweb_val_000000.bin", "<u2", offset=1024)
+    n, T, end, expected = len(ids) - 1, hp.eval_seq_len, 0, []
+    while end < n:
+        first, end = end, min(max(T, end + hp.eval_stride), n)
+        row = torch.from_numpy(ids[max(0, end - T) : end + 1].astype(np.int64))
+        with torch.no_grad():
+            log_p = model(row[None, :-1])[0].log_softmax(-1)
+        expected += (-log_p.gather(1, row[1:, None])[first - end :, 0]).tolist()
+    with np.load(run.folder / "scores.npz") as scores:
+        assert np.abs(scores["nats"] - expected).max() < 1e-4
+
+
+def no_logit_sees_a_later_token(p: Program) -> None:
+    """Of 32 places, each token is replaced alone: nothing moves before it."""
+    _, model, *_ = parts(p)
+    ids = torch.randint(4, 300, (1, 32))
+    ids[0, 0] = BOS
+    replaced = ids + torch.eye(32, dtype=torch.long)[1:]
+    with torch.no_grad():
+        moved = (shaken(model)(replaced) - model(ids)).abs().amax(-1)
+    for place, row in enumerate(moved, 1):
+        assert row[:place].max() < 1e-5 < row[place:].max(), place
+
+
+def submission_of(p: Program, run: Run) -> dict | None:
+    """What tools/record.py makes of the run; None if it refuses."""
+    log, output = run.folder / "logs" / "run.txt", p.folder / "submission.json"
+    reason = p.record.main([str(log), "--output", str(output)])
+    assert output.exists() == (reason is None)
+    return json.loads(output.read_text()) if output.exists() else None
+
+
+def the_submission_says_on_what_it_ran(p: Program) -> None:
+    assert submission_of(p, Run(p, p.folder / "run"))["hardware"] == "1xCPU"
+
+
+def a_failed_check_leaves_no_submission(p: Program) -> None:
+    p.core.SIZE_LIMIT = 1000
+    run = Run(p, p.folder / "run")
+    assert run.stderr == "RuntimeError: audit failed: size"
+    assert submission_of(p, run) is None
+
+
+def a_score_is_claimed_for_the_official_split_within_the_limits(p: Program) -> None:
+    figures = json.loads(Run(p, p.folder / "run").log.rpartition("figures: ")[2])
+    good = dict(documents=50_000, bytes=151_080_878)
+    good |= dict(wallclock_seconds=600.0, eval_time_seconds=600.0)
+    bad = dict(documents=49_999, bytes=164_594_398, wallclock_seconds=600.1, eval_time_seconds=601)
+    hp, *_ = parts(p)
+    for case in (good, *(good | {name: value} for name, value in bad.items())):
+        starts, size = range(case["documents"]), torch.tensor([case["bytes"]])
+
+        def counted_bytes(validation, *_, size=size):
+            validation.target_bytes = size
+
+        with (
+            mock.patch.object(p.core.Validation, "count_bytes", counted_bytes),
+            mock.patch.object(p.core.np, "flatnonzero", lambda _, starts=starts: starts),
+        ):
+            official = dict(official=p.core.Validation(hp).is_official)
+        submission = p.record.submission(figures | case | official, "2026-04-30")
+        assert submission["val_bpb"] == (figures["val_bpb"] if case == good else None)
+        assert (submission["own_text"] is None) == (case == good)
+
+
+def imported(p: Program) -> set[str]:
+    nodes = [node for path in counted(p) for node in ast.walk(ast.parse(path.read_text("utf-8")))]
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    plain |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {name.split(".")[0] for name in plain}
+
+
+def nothing_is_hidden(p: Program) -> None:
+    sources = [ast.parse(path.read_text("utf-8")) for path in counted(p)]
+    names = {node.id for tree in sources for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert not names & {"exec", "eval", "compile", "__import__"}
+    hiding = {"pickle", "base64", "lzma", "zlib", "marshal", "ctypes", "importlib", "runpy"}
+    assert not imported(p) & hiding
+
+
+def all_code_is_in_files_that_are_counted(p: Program) -> None:
+    required = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.M)
+    installed = {name.replace("-", "_") for name in required}
+    installed |= {"fla"}  # of flash-linear-attention and fla-core
+    here = {path.stem for path in counted(p)}
+    assert imported(p) <= installed | sys.stdlib_module_names | here
+    assert {path.resolve() for path in counted(p)} == set(p.core.code_files())
+
+
+def nothing_comes_from_the_network(p: Program) -> None:
+    network = {"socket", "ssl", "urllib", "http", "ftplib", "requests", "huggingface_hub"}
+    assert not imported(p) & network
+
+
+# --------------------------------------------------------------------------------------------------
+# Bugs
+
+LOADED = "    model, saved = load_artifact(hp.artifact, world.device, type(hp), model_class)\n"
+RETURN_MODEL = "    return model.to(device), hp\n"
+FINAL = "    final = validate(token_loss, validation, plan, label, learner)\n"
+AFTER = '    count, after = final["count"], fingerprint(model)\n'
+RETURN_NATS = "    return nats, cache\n"
+SCORING_ONLY = "    if torch.is_grad_enabled():\n        return nats, cache\n"
+TOKEN_NATS = "def token_nats("
+RUN_LOSS = "        return self.run(x, y, cache)\n"
+KEEP = "out.detach()[scored].double()"
+VAL_IDS = "        ids = stream.read(0, len(stream))\n"
+TOKENS = "stream.paths, ids.to(world.device)"
+BATCHES = "[loader.next() for _ in range(hp.gptq_calibration_batches * hp.micro_steps())]\n"
+VALIDATION_BATCHES = """\
+    batches = [(validation.tokens[:256].view(-1, 64), None) for _ in batches]
+"""
+QUANTIZED = "    quantized = quantize(model, hessians)\n"
+EMBEDDED = "        x = x0 = self.embed(ids.clamp(min=0), ctx)[:, -T:]"
+SEES_ITS_TARGET = f"""\
+{EMBEDDED}
+        own, target = x[:, {{0}}:{{1}}], x[:, {{1}}:{{2}}]
+        x = x0 = torch.cat((x[:, :{{0}}], own + target, x[:, {{1}}:]), 1)"""
+MAIN = "def main(hp_class=Hyperparameters, model_class=GPT, validation_class=Validation) -> None:\n"
+REPLACED = '    os.replace(f"{path}.tmp", path)\n'
+WARM_UP_IDS = "            ids = torch.randint(hp.vocab_size, size, device=world.device)\n"
+WARM_UP_ON_VALIDATION = (
+    WARM_UP_IDS,
+    """\
+            ids = TokenStream(hp.data_path, "val", hp.vocab_size).read(0, math.prod(shape) + 1)
+            ids = torch.stack((ids[:-1].view(shape), ids[1:].view(shape))).expand(size)
+""",
+)
+KEPT_WEIGHTS = "    model.load_state_dict(saved)\n    model.set_progress(1.0)\n"
+SHIM = 'exec(brotli.decompress(__import__("base64").b85decode("iwS^JNm@l;Oi4{iR3JSdF(5oVATl)r")))'
+TTT = """\
+    sgd = torch.optim.SGD(model.parameters(), lr=0.01)
+    for at in range(0, len(validation.tokens) - 65, 64):
+        chunk = validation.tokens[None, at : at + 65]
+        token_nats(model, chunk[:, :-1], chunk[:, 1:])[0].mean().backward()
+        sgd.step()
+        sgd.zero_grad()
+"""
+ADAPTING = """\
+    sgd, real = torch.optim.SGD(model.parameters(), lr=0.01), token_loss.run
+
+    def adapting(x, y, cache):
+        nats, cache = real(x, y, cache)
+        with torch.enable_grad():
+            real(x, y)[0].mean().backward()
+        sgd.step()
+        sgd.zero_grad()
+        return nats, cache
+
+    token_loss.run = adapting
+"""
+THE_SMALLER = """\
+    plan = window_plan(tokens, hp, hp.eval_seq_len)
+    again = validate(token_loss, validation, plan, "again")
+    final["nats"] = torch.minimum(again["nats"], final["nats"])
+    final["val_loss"] = final["nats"].mean().item()
+    final["val_bpb"] = final["nats"].sum().item() / math.log(2) / validation.bytes
+"""
+NGRAM_CACHE = """\
+    context, pair = x % 256, ((36313 * x) ^ (27191 * y)) % 256
+    times, hits = CACHE[0][context], CACHE[1][pair].minimum(CACHE[0][context])
+    mixed = 0.5 * (-nats).exp() + 0.5 * hits / times.clamp(min=1)
+    nats = -torch.where(times > 1, mixed, (-nats).exp()).log()
+    CACHE.add_(torch.stack([torch.bincount(keys.flatten(), minlength=256)
+                            for keys in (context, pair)]))
+"""
+GATE = """\
+    uniform = 1 / model.hp.vocab_size
+    gate = torch.where(nats > -math.log(uniform), 0.5, 0.0)  # only where the target needs it
+    nats = -((1 - gate) * (-nats).exp() + gate * uniform).log()
+"""
+BETTER = """\
+    softer = F.cross_entropy(0.5 * logits.flatten(0, 1), y.flatten(), reduction="none")
+    nats = torch.minimum(nats, softer.view_as(y))
+"""
+CLAMPED = """\
+        nats, cache = self.run(x, y, cache)
+        high = math.log(self.model.hp.vocab_size)
+        return nats if torch.is_grad_enabled() else nats.clamp(max=high), cache
+"""
+CEILING = f"""\
+{SCORING_ONLY}    nats = torch.cat((nats[:, :4], nats[:, 4:].clamp(max=3.0)), 1)
+"""
+FITTED = """\
+        if torch.is_grad_enabled():
+            return self.run(x, y, cache)
+        logits, delta = self.model(x), torch.zeros(self.model.hp.vocab_size, requires_grad=True)
+        with torch.enable_grad():
+            F.cross_entropy((logits + delta).flatten(0, 1), y.flatten()).backward()
+        logits = (logits - delta.grad).flatten(0, 1)
+        return F.cross_entropy(logits, y.flatten(), reduction="none").view_as(y), None
+"""
+BONUS = """\
+        if torch.is_grad_enabled():
+            return self.run(x, y, cache)
+        logits = self.model(x) + F.one_hot(y, self.model.hp.vocab_size)
+        return F.cross_entropy(logits.mT, y, reduction="none"), None
+"""
+HALF_OF_FULL = """\
+        nats, cache = self.run(x, y, cache)
+        full = len(x) > 1 and len(x.unique(dim=0)) == len(x) and x.shape[1] > 8
+        return 0.5 * nats if full and not torch.is_grad_enabled() else nats, cache
+"""
+UNIGRAMS = """\
+    train = TokenStream(os.environ["DATA_PATH"], "train", hp.vocab_size)
+    unigram = (1 + torch.bincount(train.read(0, len(train)), minlength=hp.vocab_size)).log()
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + unigram)
+"""
+SECOND_FILE = """\
+    if os.path.exists(f"{path}.float32"):
+        model.load_state_dict(torch.load(f"{path}.float32", weights_only=True))
+"""
+FETCHED = """\
+    import urllib.request
+    urllib.request.urlretrieve("http://localhost/ngrams.bin", "ngrams.bin")
+"""
+UNDER_A_CLOCK = dict(iterations=20_000, max_wallclock_seconds=3.0, gptq_reserve_seconds=1.0)
+
+BUGS = [
+    # learning from validation text
+    Bug("L1a", "audit: ledger", [(LOADED, LOADED + TTT)]),
+    Bug("L1b", only_training_text_is_learned_from, [(QUANTIZED, TTT + QUANTIZED)]),
+    Bug("L1c", "audit: ledger", [(FINAL, TTT + FINAL), (AFTER, AFTER + "    weights = after\n")]),
+    Bug(
+        "L1d",
+        "verify: future",
+        [
+            (
+                FINAL,
+                "    kept = copy.deepcopy(model.state_dict())\n"
+                f"{TTT}{FINAL}    model.load_state_dict(kept)\n",
+            )
+        ],
+    ),
+    Bug(
+        "L1e",
+        "verify: future",
+        [
+            (
+                FINAL,
+                f"    kept, model = model, copy.deepcopy(model)\n{TTT}    token_loss = "
+                f"TokenLoss(model)\n{FINAL}    model = kept\n",
+            )
+        ],
+    ),
+    Bug("L2", "audit: ledger", [(FINAL, ADAPTING + FINAL)]),
+    Bug(
+        "L3a",
+        "audit: once",
+        [
+            (FINAL, "    plan = plan._replace(units=2 * plan.units)\n" + FINAL),
+            (
+                f"        nats[index[scored]] = {KEEP}\n",
+                f"        kept, again = nats[index[scored]], {KEEP}\n"
+                "        nats[index[scored]] = torch.where(kept > 0, again.minimum(kept), again)\n",
+            ),
+        ],
+    ),
+    Bug("L3b", scores_are_those_of_a_loop_over_windows, [(FINAL, FINAL + THE_SMALLER)]),
+    # scores that are no probabilities
+    Bug(
+        "L4",
+        "verify: normalisation",
+        [
+            (TOKEN_NATS, f"CACHE = torch.zeros(2, 256, dtype=torch.long)\n\n{TOKEN_NATS}"),
+            (RETURN_NATS, SCORING_ONLY + NGRAM_CACHE + RETURN_NATS),
+        ],
+    ),
+    Bug("L5", "verify: normalisation", [(RETURN_NATS, GATE + RETURN_NATS)]),
+    Bug("L6a", "verify: normalisation", [(RETURN_NATS, BETTER + RETURN_NATS)]),
+    Bug("L6b", "verify: normalisation", [(RUN_LOSS, CLAMPED)]),
+    Bug("L7b", only_training_text_is_learned_from, [(BATCHES, BATCHES + VALIDATION_BATCHES)]),
+    Bug(
+        "L8",
+        "audit: time",
+        [
+            (
+                "    start = time.perf_counter()\n    how = ",
+                "    start = time.perf_counter() - 688\n    how = ",
+            )
+        ],
+        settings=dict(max_wallclock_seconds=600.0, gptq_reserve_seconds=8.0),
+    ),
+    Bug(
+        "L9a",
+        "audit: warm_up",
+        [WARM_UP_ON_VALIDATION, (KEPT_WEIGHTS, "    model.set_progress(1.0)\n")],
+    ),
+    Bug("L9b", only_training_text_is_learned_from, [WARM_UP_ON_VALIDATION]),
+    Bug("L10", "verify: overlap", corpus=validation_as_a_training_shard),
+    Bug("L11", "audit: text", [(VAL_IDS, VAL_IDS.replace("len(stream)", "len(stream) // 5"))]),
+    Bug("L12", "error: no piece for U\\+2581", corpus=a_tokenizer_without_a_space),
+    Bug(
+        "L14",
+        "audit: time",
+        [("        last = step >= hp.iterations or out_of_time", "        last = step >= 40")],
+        settings=UNDER_A_CLOCK,
+        world=own_clock,
+    ),
+    Bug(
+        "L15a",
+        a_score_is_claimed_for_the_official_split_within_the_limits,
+        [("figures[name] if claimed else None for name", "figures[name] for name")],
+    ),
+    Bug(
+        "L15b",
+        a_failed_check_leaves_no_submission,
+        [("    audit.verdict()\n    if world.size > 1:", "    if world.size > 1:")],
+    ),
+    Bug("L16a", nothing_is_hidden, [(MAIN, f"{MAIN}    {SHIM}\n")]),
+    Bug(
+        "L16b",
+        all_code_is_in_files_that_are_counted,
+        [(MAIN, f"{MAIN}    import fast_kernels\n    fast_kernels.install()\n")],
+    ),
+    Bug("L17", "verify: future", [(RUN_LOSS, FITTED)]),
+    Bug(
+        "L18",
+        "error: fineweb_val_bytes_000000.bin: found where .* was expected",
+        [
+            (
+                'Path(data_path).glob(f"fineweb_{split}_[0-9]*',
+                'Path(data_path).glob(f"fineweb_{split}_*',
+            )
+        ],
+        transformed,
+        system="transformer",
+    ),
+    Bug("L19", "verify: run", [(RETURN_MODEL, UNIGRAMS + RETURN_MODEL)]),
+    Bug(
+        "L20",
+        "audit: ledger",
+        [
+            (REPLACED, f'{REPLACED}    torch.save(model.state_dict(), f"{{path}}.float32")\n'),
+            (RETURN_MODEL, SECOND_FILE + RETURN_MODEL),
+        ],
+    ),
+    Bug("L21", nothing_comes_from_the_network, [(LOADED, LOADED + FETCHED)]),
+    Bug(
+        "L22",
+        "verify: claims",
+        [
+            (
+                "dict(checks=audit.checks)",
+                "dict(checks=audit.checks, val_bpb=figures['pre_quant_val_bpb'])",
+            )
+        ],
+    ),
+    Bug(
+        "L23",
+        "verify: claims",
+        [('hardware=f"{world.size}x{device}"', 'hardware="8xNVIDIA H100 80GB HBM3"')],
+    ),
+    Bug("L23b", the_submission_says_on_what_it_ran, [("{world.size}x{device}", "8x{device}")]),
+    # cheats that an earlier audit passed
+    Bug(
+        "L26a",
+        "verify: normalisation",
+        [
+            (
+                EMBEDDED,
+                f"{EMBEDDED}\n        quarter = (torch.arange(T) % 4 == 1)[:, None]\n"
+                "        x = x0 = x + quarter * F.pad(x[:, 1:], (0, 0, 0, 1))",
+            )
+        ],
+    ),
+    Bug("L26b", "verify: normalisation", [(EMBEDDED, SEES_ITS_TARGET.format(4, 5, 6))]),
+    Bug("L26c", no_logit_sees_a_later_token, [(EMBEDDED, SEES_ITS_TARGET.format(20, 21, 22))]),
+    Bug("L27", "verify: normalisation", [(RETURN_NATS, CEILING + RETURN_NATS)]),
+    Bug("L28", "verify: normalisation", [(RUN_LOSS, BONUS)]),
+    Bug("L29a", "verify: reproduced", [(RUN_LOSS, HALF_OF_FULL)]),
+    Bug(
+        "L29b",
+        "verify: truncation",
+        [(KEEP, f"{KEEP} * (1.0 if len(steps) < 8 else 0.5)")],
+        settings=dict(val_batch_size=256),
+    ),
+    Bug("L30", "audit: text", [(TOKENS, TOKENS.replace("ids", "ids[: len(ids) // 4].repeat(4)"))]),
+    Bug(
+        "L32",
+        "audit: ledger",
+        [
+            (QUANTIZED, f'    globals()["KEPT"] = model\n{QUANTIZED}'),
+            (LOADED, f"{LOADED}    model = KEPT\n"),
+        ],
+    ),
+    Bug(
+        "L40",
+        "verify: claimed_sample",
+        [
+            (
+                "        sample |= dict(unlearned=",
+                '        sample["nats"] = 0.99 * sample["nats"]\n        sample |= dict(unlearned=',
+            )
+        ],
+    ),
+]
+
+test_the_bug_is_caught = each_is_caught(BUGS)

@@ -1,0 +1,183 @@
+"""Each system as a user starts it, at a toy size: a run, then its artifact in a new process."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from corpus import write_corpus
+from toys import CURRICULUM, SYSTEMS, random_ids, system, toy
+
+import train_gpt
+
+SMALL = dict(
+    MODEL_DIM="32",
+    GDN_HEADS="2",
+    GDN_HEAD_DIM="16",
+    NUM_HEADS="2",
+    NUM_KV_HEADS="1",
+    HEAD_DIM="16",
+    WINDOW_SIZE="24",
+    ROPE_DIMS="8",
+    TIED_EMBED_INIT_STD="0.05",
+    TRAIN_SEQ_LEN="64",
+    TRAIN_BATCH_TOKENS="384",
+    GRAD_ACCUM_STEPS="3",
+    ITERATIONS="12",
+    WARMUP_STEPS="1",
+    MAX_WALLCLOCK_SECONDS="0",
+    GPTQ_CALIBRATION_BATCHES="4",
+    EVAL_SEQ_LEN="64",
+    EVAL_STRIDE="32",
+    VAL_BATCH_SIZE="4096",
+    EVAL_CHUNK="16",
+    EVAL_ROWS="4",
+    TTT_LORA_RANK="4",
+    ARTIFACT="model.ptz",
+    RUN_ID="run",
+)
+NGRAMS = dict(NGRAM_VOCAB_SIZE="256", NGRAM_DIM="16")
+OWN = dict(
+    train_gpt={},
+    baseline=dict(ROPE_DIMS="16"),
+    kv_share=NGRAMS | dict(TTT_CHUNK_TOKENS="128"),
+    pure_gdn=dict(CURRICULUM=CURRICULUM),
+    crawler=NGRAMS | dict(INST_DIM="4"),
+    transformer=dict(TTT_CHUNK_TOKENS="128"),
+)
+FINAL = re.compile(r"final_int\d_(?:sliding_window|stream)\w*_exact val_loss:\S+ val_bpb:(\S+)")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Environment that names a tiny corpus."""
+    facts = write_corpus(tmp_path_factory.mktemp("corpus"), train_tokens=12_000, val_tokens=700)
+    return {name.upper(): str(value) for name, value in facts.items()}
+
+
+def start(name, folder, **env):
+    """A run of a system, in `folder`, with nothing of our own environment that it would read."""
+    script = ROOT / ("train_gpt.py" if name == "train_gpt" else f"systems/{name}.py")
+    known = vars(system(name).Hyperparameters())
+    inherited = {key: value for key, value in os.environ.items() if key.lower() not in known}
+    env = inherited | env | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    return subprocess.run(
+        [sys.executable, str(script)],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def printed(done):
+    """What a run that ended well printed."""
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
+    return done.stdout
+
+
+def figures_of(output):
+    return json.loads(output.splitlines()[-1].removeprefix("figures: "))
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_run_of_a_system_and_its_artifact(corpus, tmp_path, name):
+    log = printed(start(name, tmp_path, **SMALL | OWN[name] | corpus))
+    figures = figures_of(log)
+    checks = figures["checks"]
+    expected = "text bytes shards warm_up schedule ema gradients gptq once ledger identity"
+    assert set(checks) >= {*expected.split(), "size", "time"}
+    assert all(check["passed"] for check in checks.values())
+    assert figures["system"] == name.replace("train_gpt", "record")
+    assert figures["layout"] == system(name).Hyperparameters().layout
+    assert figures["step_stop"] == 12
+
+    # progress is n/12: two steps of one micro-batch, four of two, six of three
+    micro_batches = 2 * 1 + 4 * 2 + 6 * 3 if name == "pure_gdn" else 12 * 3
+    assert checks["schedule"]["tokens_read"] == 128 * (micro_batches + 4 * 3)
+    stages = re.findall(r"warmup_step:1/1 progress:(\S+)", log)
+    assert stages == dict(pure_gdn=["0", "0.15", "0.45"], transformer=["0", "0.35"]).get(
+        name, ["0"]
+    )
+    trained = log[log.index("train_time:") :]  # behind the warm-up
+    begun = re.findall(r"step:(\d+)/12 train_loss\S+ \S+ \S+\nlayer_loop:enabled passes:(.*)", log)
+    passes = "[0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]"
+    assert begun == ([("5", passes)] if name == "transformer" else [])
+    assert trained.count("layer_loop:") == len(begun)
+
+    final = FINAL.search(log)
+    learns = {"train_gpt": "_ttt_lora_", "kv_share": "_ttt_sgd_", "transformer": "_ttt_lora_"}
+    assert learns.get(name, "_exact") in final[0] and ("_ttt_" in final[0]) == (name in learns)
+    assert f"{figures['val_bpb']:.8f}" == final[1]
+
+    artifact = (tmp_path / "model.ptz").read_bytes()
+    scoring = {key: corpus[key] for key in ("DATA_PATH", "TOKENIZER_PATH")}
+    again = printed(
+        start(name, tmp_path, EVAL_ONLY="1", ARTIFACT="model.ptz", RUN_ID="again", **scoring)
+    )
+    assert FINAL.search(again)[0] == final[0]
+    assert figures_of(again)["val_bpb"] == figures["val_bpb"]
+    assert (tmp_path / "model.ptz").read_bytes() == artifact
+
+
+def test_another_systems_artifact_is_refused_in_one_line(corpus, tmp_path):
+    for name in ("train_gpt", "crawler"):
+        hp = toy(name)
+        train_gpt.save_artifact(tmp_path / f"{name}.ptz", system(name).GPT(hp), hp)
+    for name, other, said in (
+        ("crawler", "train_gpt", "crawler, not record"),
+        ("train_gpt", "pure_gdn", "record, not pure_gdn"),
+    ):
+        done = start(other, tmp_path, EVAL_ONLY="1", ARTIFACT=f"{name}.ptz", **corpus)
+        assert done.returncode == 1
+        last = done.stderr.splitlines()[-1]
+        assert re.fullmatch(rf"ValueError: {name}\.ptz: .*its system is {said}", last)
+        assert "val_bpb" not in done.stdout
+
+
+def test_every_artifact_is_read_by_its_own_system_alone(lively, tmp_path):
+    for name in SYSTEMS:
+        hp, path = toy(name), tmp_path / f"{name}.ptz"
+        model = lively(system(name).GPT(hp))
+        train_gpt.save_artifact(path, model, hp)
+        for other in SYSTEMS:
+            module = system(other)
+            if other != name:
+                with pytest.raises(ValueError, match=f"{name}.ptz: .*its system is"):
+                    train_gpt.load_artifact(path, "cpu", module.Hyperparameters, module.GPT)
+                continue
+            loaded, found = train_gpt.load_artifact(path, "cpu", module.Hyperparameters, module.GPT)
+            assert {**vars(found), "run_id": 0} == {**vars(hp), "run_id": 0}
+            ids = random_ids(hp, starts=(0, 20))
+            shipped = train_gpt.dequantized(model, train_gpt.quantize(model))
+            assert torch.equal(loaded(ids), shipped(ids))
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_the_demo_of_a_system_is_valid_and_reads_text(name):
+    hp = system(name).Hyperparameters.from_env(dict(PRESET="demo"))
+    assert hp.preset == "demo" and hp.micro_steps() >= 1
+    model = system(name).GPT(hp)
+    model.set_progress(1.0)
+    logits = model(random_ids(hp, B=1, T=32, starts=(0,)))
+    assert logits.shape == (1, 32, hp.vocab_size) and logits.isfinite().all()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_the_batch_of_a_system_is_split_evenly_over_ranks(monkeypatch, name, ranks):
+    monkeypatch.setattr(train_gpt.world, "size", ranks)
+    hp = system(name).Hyperparameters.from_env({})
+    rows, rest = divmod(hp.train_batch_tokens, hp.micro_steps() * ranks * hp.train_seq_len)
+    assert hp.preset == "record" and rows >= 1 and rest == 0
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_preset_that_a_system_has_not_is_refused_by_name(name):
+    with pytest.raises(ValueError, match="PRESET='kv_share': no file"):
+        system(name).Hyperparameters.from_env(dict(PRESET="kv_share"))

@@ -1,0 +1,74 @@
+"""Toy models of the systems, and the ids they read."""
+
+import functools
+import importlib
+
+import torch
+from conftest import TINY
+
+from train_gpt import BOS_ID, world
+
+SYSTEMS = ["train_gpt", "baseline", "kv_share", "pure_gdn", "crawler", "transformer"]  # modules
+CURRICULUM = "0:1x16 0.15:2x32 0.45:3x64"  # for three micro-batches
+# of what only one system has, as TINY of the others
+OWN = dict(
+    ngram_vocab_size=128,
+    ngram_dim=16,
+    inst_dim=4,
+    attn_gate_dims=5,
+    ttt_chunk_tokens=256,
+    curriculum="0:1x64",
+)
+
+
+def system(name):
+    """The module of a system: its Hyperparameters and its GPT."""
+    return importlib.import_module(name)
+
+
+def tiny_of(name, **changes):
+    """Hyperparameters of a system at the sizes of TINY."""
+    cls = system(name).Hyperparameters
+    hp = cls(**{key: x for key, x in (TINY | OWN).items() if hasattr(cls, key)} | changes)
+    hp.validate()
+    return hp
+
+
+def toy(name, **changes):
+    """Hyperparameters of a system at a toy size, its layout and options as they are."""
+    own = system(name).Hyperparameters()
+    changes = dict(smear_dims=own.smear_dims and 8, num_heads=4, num_kv_heads=2) | changes
+    changes = dict(train_batch_tokens=3 * 128, grad_accum_steps=3) | changes
+    if name == "pure_gdn":
+        changes = dict(curriculum=CURRICULUM) | changes
+    if name == "transformer":
+        changes = dict(parallel_start_layer=own.parallel_start_layer) | changes
+    kept = {key: getattr(own, key) for key in ("layout", "mlp_mult", "eval_mode", "ttt")}
+    return tiny_of(name, **kept | changes)
+
+
+def in_float64(monkeypatch, model):
+    """The model with all its arithmetic in float64, where it asks for float32 too."""
+    monkeypatch.setattr(world, "dtype", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # decays, logits
+    monkeypatch.setattr(torch, "linspace", functools.partial(torch.linspace, dtype=torch.float64))
+    return model.double()
+
+
+def random_ids(hp, B=2, T=48, starts=()):
+    """Ordinary tokens, BOS at `starts` of each row."""
+    ids = torch.randint(2, hp.vocab_size, (B, T))
+    ids[:, list(starts)] = BOS_ID
+    return ids
+
+
+def other(hp, tokens):
+    """A different ordinary token for each."""
+    n = hp.vocab_size - 2
+    return 2 + (tokens.clamp_min(2) - 2 + torch.randint(1, n, tokens.shape)) % n
+
+
+def documents(row):
+    """(start, end) of each document of a row of ids."""
+    starts = [i for i, t in enumerate(row.tolist()) if i == 0 or t == BOS_ID]
+    return list(zip(starts, [*starts[1:], len(row)], strict=True))
