@@ -67,13 +67,14 @@ FAST = SimpleNamespace(
 # Programs and their runs
 
 
-class FewModules:
-    """sys, but with the modules of one folder only: the program looks through all for its files."""
+class OwnModules:
+    """sys, but with the modules of one folder only: the program looks through all for its files,
+    which would take longer with each program that is loaded."""
 
     def __init__(self, folder: Path):
-        files = {name: getattr(module, "__file__", None) for name, module in sys.modules.items()}
-        own = [name for name, file in files.items() if str(file).startswith(f"{folder.resolve()}/")]
-        self.modules = {name: sys.modules[name] for name in own}
+        own = f"{folder.resolve()}/"
+        every = [(name, str(getattr(x, "__file__", ""))) for name, x in sys.modules.items()]
+        self.modules = {name: sys.modules[name] for name, file in every if file.startswith(own)}
 
     def __getattr__(self, name: str):
         return getattr(sys, name)
@@ -102,8 +103,10 @@ def plant(folder: Path, system: str = "train_gpt", *edits: tuple[str, str]) -> P
     (folder / "tools").mkdir()
     (folder / RECORD).write_text(tool, "utf-8")
     core, top = in_process.modules_of(script)
-    core.brotli, core.sys = FAST, FewModules(folder)
     record = in_process.load(folder / RECORD, f"{core.__name__}_record")
+    core.brotli, core.sys = FAST, OwnModules(folder)
+    for name in core.sys.modules:
+        del sys.modules[name]
     return Program(folder, script, core, top, record)
 
 

@@ -26,7 +26,7 @@ def slow_learning(p: Program) -> None:
 
 SGD = dict(ttt="sgd", ttt_lr=0.1, ttt_chunk_tokens=64, eval_stride=32)
 STREAM = dict(eval_mode="stream")
-LORA = dict(eval_mode="stream", ttt="lora", ttt_lora_lr=0.01)
+LORA = dict(eval_mode="stream", ttt="lora", ttt_lora_lr=0.01, eval_rows=1)
 CHUNKS = "range(self.learned, end - self.chunk + 1, self.chunk)"
 TOO_EARLY = (CHUNKS, "range(self.learned, min(end + 1, len(self.count) - self.chunk), self.chunk)")
 ALL_SCORED = ("if self.count[index].min() < 1:", "if False:")
@@ -57,7 +57,7 @@ BUGS = [
         "L35a",
         "verify: reproduced",
         [(FORGOTTEN, "B.data.mul_(1 | goes_on")],
-        settings=LORA | dict(eval_rows=1),
+        settings=LORA,
     ),
     Bug("L35b", "verify: rows", [("(nats * scored).sum(1)", "nats.sum(1)")], settings=LORA),
     Bug("L36", "audit: ledger", [(RESTORED, "")], settings=SGD, system="kv_share"),

@@ -75,7 +75,7 @@ def no_logit_sees_a_later_token(p: Program) -> None:
     ids[0, 0] = BOS
     replaced = ids + torch.eye(32, dtype=torch.long)[1:]
     with torch.no_grad():
-        moved = (shaken(model)(replaced) - model(ids)).abs().amax(-1)
+        moved = (shaken(model)(replaced) - model(ids.expand_as(replaced))).abs().amax(-1)
     for place, row in enumerate(moved, 1):
         assert row[:place].max() < 1e-5 < row[place:].max(), place
 
