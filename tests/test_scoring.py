@@ -343,6 +343,7 @@ def test_loss_and_bpb_by_hand(validation, monkeypatch):
 def test_a_pass_is_logged_with_its_own_time_or_the_one_that_is_given(
     validation, monkeypatch, caplog
 ):
+    monkeypatch.setattr(train_gpt.log, "handlers", [])
     monkeypatch.setattr(train_gpt.log, "propagate", True)
     ones = torch.ones(len(validation.target_bytes), dtype=torch.float64)
     bpb = len(ones) / math.log(2) / validation.bytes

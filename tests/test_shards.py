@@ -63,7 +63,7 @@ BAD_SHARDS = {  # how it is made, what the message must say: what was found and 
     "half_a_token_missing": (lambda p: shard_bytes(p)[:-1], ["1043", "1044"]),
     "one_byte_too_long": (lambda p: shard_bytes(p) + b"\0", ["1045", "1044"]),
     "two_shards_in_one": (lambda p: 2 * shard_bytes(p), ["2088", "1044"]),
-    "empty": (lambda p: b"", ["20240520"]),
+    "empty": (lambda p: b"", ["0 bytes", "1024"]),
     "half_a_header": (lambda p: shard_bytes(p)[:600], ["600"]),
     "header_only": (lambda p: shard_bytes(p)[:1024], ["1024", "1044"]),
     "big_endian": (lambda p: big_endian(shard_bytes(p)), ["20240520"]),
