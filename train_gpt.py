@@ -315,6 +315,7 @@ def build_sentencepiece_luts(sp: spm.SentencePieceProcessor, vocab_size: int, de
 
 def token_bytes(luts, prev_ids: Tensor, target_ids: Tensor) -> Tensor:
     """UTF-8 bytes of each target, int32: a leading space counts unless a boundary is before it."""
+    assert prev_ids.shape == target_ids.shape
     base_bytes, has_leading_space, is_boundary = luts
     return base_bytes[target_ids] + (has_leading_space[target_ids] & ~is_boundary[prev_ids])
 
@@ -405,6 +406,7 @@ def gated_delta_rule(q, k, v, g, beta, initial_state=None) -> tuple[Tensor, Tens
     q, k: [B, T, H, K], normalised. v: [B, T, H, V]. g: [B, T, H], log decay <= 0.
     beta: [B, T, H]. initial_state: [B, H, K, V] float32, zeros if None.
     Returns o: [B, T, H, V] in v's dtype and the final state: [B, H, K, V] float32."""
+    assert q.shape == k.shape and g.shape == beta.shape == k.shape[:3] == v.shape[:3]
     B, _, H, K = k.shape
     if initial_state is None:
         initial_state = k.new_zeros(B, H, K, v.shape[-1], dtype=torch.float32)
@@ -484,6 +486,7 @@ def window_attention(q, k, v, window: int, doc=None) -> Tensor:
     """Causal attention inside documents: token t sees t - window + 1 .. t of its own document.
     q: [B, T, H, D]. k, v: [B, T, Hkv, D], Hkv divides H. doc: [B, T], the document's number,
     rising; None = one document per row. Returns [B, T, H, D]."""
+    assert k.shape == v.shape and q.shape[:2] == k.shape[:2] and q.shape[2] % k.shape[2] == 0
     if doc is None:
         doc = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device)
     attend = varlen_window_attention if q.is_cuda else masked_window_attention
@@ -572,6 +575,7 @@ class Linear(nn.Linear):
         y = F.linear(x, self.weight.to(x.dtype))
         if self.lora:
             A, B, scale = self.lora
+            assert len(A) == len(B) == len(x)  # one would be broadcast over all rows
             y = y + scale * (x @ A.to(x.dtype).mT) @ B.to(x.dtype).mT
         return y
 
@@ -704,6 +708,8 @@ class GPT(nn.Module):
         self.hp = hp
         self.build(hp)
         self.kinds = self.init_weights()  # MATRIX, EMBED or SCALAR of each parameter, by name
+        if world.on_cuda:
+            self.compile(fullgraph=True, dynamic=False)
 
     def build(self, hp: Hyperparameters) -> None:
         self.tok_emb = nn.Embedding(hp.vocab_size, hp.model_dim)
@@ -763,9 +769,10 @@ class GPT(nn.Module):
             layers.append(LayerCache(torch.zeros(shape, dtype=world.dtype, device=device), state))
         return Cache(torch.full((rows, self.reach), -1, device=device), layers)
 
-    def forward(self, input_ids: Tensor, cache: Cache | None = None):
-        """input_ids: [B, T] int64. Returns logits: [B, T, V] float32; with the cache of the tokens
-        before, the logits and the cache after these."""
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None, cache: Cache | None = None):
+        """input_ids, targets: [B, T] int64. Returns logits: [B, T, V] float32 or, with targets,
+        -ln p of each: [B, T] float32; with the cache of the tokens before, this and a new one."""
+        assert cache is None or len(cache.layers) == len(self.order)
         T = input_ids.shape[1]
         ids = input_ids if cache is None else torch.cat((cache.ids, input_ids), 1)  # [B, reach + T]
         ctx = make_context(ids, self.hp.rope_dims, self.hp.rope_base, world.dtype)
@@ -776,8 +783,11 @@ class GPT(nn.Module):
             x, layer = self.blocks[i](x, x0, ctx, None if cache is None else cache.layers[step])
             streams.append(x)
             layers.append(layer)
-        logits = self.head(x)
-        return logits if cache is None else (logits, Cache(tail(ids, self.reach), layers))
+        out = self.head(x)
+        if targets is not None:
+            nats = F.cross_entropy(out.flatten(0, 1), targets.flatten(), reduction="none")
+            out = nats.view_as(targets)
+        return out if cache is None else (out, Cache(tail(ids, self.reach), layers))
 
     # Hooks that a system may override, as those above.
 
@@ -787,9 +797,9 @@ class GPT(nn.Module):
 
     def set_progress(self, progress: float) -> None:  # before each step; 1 at the end
         pass
-    def passes(self, token_loss, x: Tensor, y: Tensor):
+    def passes(self, x: Tensor, y: Tensor):
         """Yields the nats of a micro-batch, one [B, T] for each backward pass."""
-        yield token_loss(x, y)[0]
+        yield self(x, y)
     def calibrate(self, batches: list) -> dict[str, Tensor]:
         return collect_hessians(self, batches)
     def precision(self, name: str) -> tuple[int, float]:
@@ -798,30 +808,14 @@ class GPT(nn.Module):
         if self.kinds[name] == EMBED:
             return hp.embed_bits, hp.embed_clip_sigmas
         return hp.matrix_bits, hp.mlp_clip_sigmas if ".mlp." in name else hp.matrix_clip_sigmas
-    def learner(self, token_loss, hp: Hyperparameters):
-        return LoraTTT(token_loss, hp) if hp.ttt == "lora" else None
+    def learner(self, hp: Hyperparameters):
+        return LoraTTT(self, hp) if hp.ttt == "lora" else None
 
-def token_nats(model: GPT, x: Tensor, y: Tensor, cache: Cache | None = None):
-    """x, y: [B, T] inputs and targets. Returns -ln p(target): [B, T] float32, and the new cache."""
-    logits, cache = (model(x), None) if cache is None else model(x, cache)
-    nats = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
-    return nats, cache
-
-class TokenLoss:
-    """token_nats of a model: the one function of training and scoring, compiled on CUDA."""
-    def __init__(self, model: GPT):
-        self.model, self.run = model, functools.partial(token_nats, model)
-        if world.on_cuda:
-            self.run = torch.compile(self.run, fullgraph=True, dynamic=False)
-
-    def __call__(self, x: Tensor, y: Tensor, cache: Cache | None = None):
-        return self.run(x, y, cache)
-
-def accumulate(token_loss: TokenLoss, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
+def accumulate(model: GPT, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Adds up the gradients of the mean loss over all micro-batches. Returns that loss."""
     total = torch.zeros((), device=world.device)
     for x, y in batch:
-        for nats in token_loss.model.passes(token_loss, x, y):
+        for nats in model.passes(x, y):
             loss = nats.sum() / (y.numel() * len(batch))
             loss.backward()
             total += loss.detach()
@@ -895,6 +889,7 @@ class Muon:
     def orthogonal_update(self, grads: Tensor, buffer: Tensor, momentum: float) -> Tensor:
         """grads: [n, rows, cols], averaged. buffer: [share, rows, cols], this rank's momentum, is
         brought up to date. Returns the updates of all ranks: [>= n, rows, cols]."""
+        assert buffer.shape[1:] == grads.shape[1:] and len(buffer) * world.size >= len(grads)
         share, (rows, cols) = len(buffer), grads.shape[1:]
         padding = share * world.size - len(grads)
         grads = F.pad(grads, (0, 0, 0, 0, 0, padding))[world.rank * share :][:share]
@@ -929,7 +924,7 @@ def collect_hessians(model: GPT, batches: list[tuple[Tensor, Tensor]]) -> dict[s
 
     with torch.no_grad(), nn.modules.module.register_module_forward_hook(hook):
         for x, _ in batches:
-            model(x)
+            model.forward(x)  # not compiled: hooks are seen
     return {name: world.all_reduce(H) for name, H in hessians.items()}
 
 def row_scales(W: Tensor, bits: int, clip_sigmas: float) -> tuple[Tensor, int]:
@@ -945,6 +940,7 @@ def gptq_quantize(W: Tensor, H: Tensor, bits: int, clip_sigmas: float) -> tuple[
     """GPTQ (arXiv:2210.17323) with activation order. W: [rows, cols] float32. H: [cols, cols],
     X^T X of the inputs. Returns q: int8 [rows, cols] in [-qmax, qmax], scale: float16 [rows];
     W is about q * scale."""
+    assert H.shape == 2 * W.shape[1:]
     scale, qmax = row_scales(W, bits, clip_sigmas)
     W, H = W.clone(), H.float().clone()
     dead = H.diagonal() == 0
@@ -1088,7 +1084,7 @@ def assign_rows(units: list[list[Reading]], count: int) -> list[list[Reading]]:
         heapq.heapreplace(shortest, (length + len(unit), i))
     return rows
 
-def score(token_loss: TokenLoss, tokens: Tensor, plan: Plan, learner=None) -> tuple[Tensor, Tensor]:
+def score(model: GPT, tokens: Tensor, plan: Plan, learner=None) -> tuple[Tensor, Tensor]:
     """tokens: int64 [N]. Returns for all ranks -ln p of every target tokens[1:] that the plan has,
     float64 [N - 1], else 0, and how often each was scored, int32 [N - 1].
     learner: a LoraTTT, told of every step. Raises: FloatingPointError if a score is not finite."""
@@ -1099,13 +1095,14 @@ def score(token_loss: TokenLoss, tokens: Tensor, plan: Plan, learner=None) -> tu
     steps = [*itertools.zip_longest(*rows, fillvalue=Reading(0, 0, 0))]
     steps = torch.tensor(steps, device=device).unflatten(1, (world.size, -1))[:, world.rank]
     places = torch.arange(plan.length, device=device)
-    cache = token_loss.model.new_cache(plan.rows) if plan.cached else None
+    cache = model.new_cache(plan.rows) if plan.cached else None
     for number, step in enumerate(steps, 1):
         start, end, first = step.unsqueeze(-1).unbind(1)  # [rows, 1] each
         index = start + places  # [rows, length], of targets
         scored, here = (index >= first) & (index < end), index.clamp(max=n - 1)
         with torch.set_grad_enabled(learner is not None):
-            out, cache = token_loss(tokens[here], tokens[here + 1], cache)
+            out = model(tokens[here], tokens[here + 1], cache)
+        out, cache = out if plan.cached else (out, None)
         nats[index[scored]] = out.detach()[scored].double()
         count.index_add_(0, index[scored], torch.ones_like(index[scored], dtype=torch.int32))
         if learner:
@@ -1141,10 +1138,10 @@ class Validation:
         texts = sp.decode([document.tolist() for document in documents])
         self.text_bytes = np.array([len(text.encode()) for text in texts])
 
-def validate(token_loss, validation: Validation, plan: Plan, label: str, learner=None, timing=""):
+def validate(model, validation: Validation, plan: Plan, label: str, learner=None, timing=""):
     """Logs the score. Returns val_loss (nats), val_bpb, seconds, and nats and count of `score`."""
     start = time.perf_counter()
-    how = learner.score if learner else functools.partial(score, token_loss)
+    how = learner.score if learner else functools.partial(score, model)
     nats, count = how(validation.tokens, plan)
     total, seconds = nats.sum().item(), time.perf_counter() - start
     loss, bpb = total / len(nats), total / math.log(2) / validation.bytes
@@ -1156,8 +1153,8 @@ def validate(token_loss, validation: Validation, plan: Plan, label: str, learner
 class TestTimeTraining:
     """Learns from targets that `score` has scored, through the same forward: a score is final
     before anything is learned from it. Weights are restored; one object for one pass."""
-    def __init__(self, token_loss: TokenLoss, hp: Hyperparameters):
-        self.token_loss, self.model, self.hp = token_loss, token_loss.model, hp
+    def __init__(self, model: GPT, hp: Hyperparameters):
+        self.model, self.hp = model, hp
         self.updates, self.longest = 0, 0.0  # longest: seconds of an update
 
     def warm_up_tokens(self) -> int:  # of a text that makes it learn once
@@ -1197,7 +1194,7 @@ class LoraTTT(TestTimeTraining):
         self.adamw = torch.optim.AdamW(learned, self.hp.ttt_lora_lr, betas=(0.0, 0.99), eps=1e-10,
                                        weight_decay=self.hp.ttt_lora_wd)
         self.attach(True)
-        result = score(self.token_loss, tokens, plan, self)
+        result = score(self.model, tokens, plan, self)
         self.attach(False)
         return result
 
@@ -1249,9 +1246,8 @@ def fingerprint(model: GPT) -> str:
     weights = b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())
     return hashlib.sha256(weights + str(model.order).encode()).hexdigest()[:16]
 
-def warm_up(hp: Hyperparameters, token_loss: TokenLoss) -> None:
+def warm_up(hp: Hyperparameters, model: GPT) -> None:
     """Compiles all of training on random tokens, outside the clock, then puts the weights back."""
-    model = token_loss.model
     saved, optimizer = copy.deepcopy(model.state_dict()), Muon(model, hp)  # both thrown away
     rows = hp.train_batch_tokens // (hp.micro_steps() * world.size * hp.train_seq_len)
     shape = rows, hp.train_seq_len
@@ -1260,7 +1256,7 @@ def warm_up(hp: Hyperparameters, token_loss: TokenLoss) -> None:
         for step in range(1, hp.warmup_steps + 1):
             size = hp.micro_steps_at(progress), 2, *shape
             ids = torch.randint(hp.vocab_size, size, device=world.device)
-            accumulate(token_loss, [(x, y) for x, y in ids])
+            accumulate(model, [(x, y) for x, y in ids])
             optimizer.step(1.0, hp.muon_momentum)
             log.info(f"warmup_step:{step}/{hp.warmup_steps} progress:{progress:g}")
     collect_hessians(model, [(torch.randint(hp.vocab_size, shape, device=world.device), None)])
@@ -1270,13 +1266,12 @@ def warm_up(hp: Hyperparameters, token_loss: TokenLoss) -> None:
 def timing_of(step: int, seconds: float) -> str:
     return f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
 
-def train(hp, token_loss: TokenLoss, stream: TokenStream, validation: Validation, audit: Audit):
+def train(hp, model: GPT, stream: TokenStream, validation: Validation, audit: Audit):
     """Leaves the averaged weights in the model. Returns the Hessians and a dict of figures."""
-    model = token_loss.model
     log.info(f"train_loader:dataset:{Path(hp.data_path).name} train_shards:{len(stream.paths)} "
              f"tokens:{len(stream)} grad_accum_steps:{hp.micro_steps()}")
     untrained = fingerprint(model)
-    warm_up(hp, token_loss)
+    warm_up(hp, model)
     audit.check("warm_up", fingerprint(model) == untrained, weights=untrained)
     optimizer = Muon(model, hp)
     params = [p.detach() for p in model.parameters()]
@@ -1298,14 +1293,14 @@ def train(hp, token_loss: TokenLoss, stream: TokenStream, validation: Validation
         last = step >= hp.iterations or out_of_time
         if last or (hp.val_loss_every and step % hp.val_loss_every == 0):
             paused = time.perf_counter()
-            raw = validate(token_loss, validation, blocks, f"step:{step}/{hp.iterations}",
+            raw = validate(model, validation, blocks, f"step:{step}/{hp.iterations}",
                            timing=timing_of(step, seconds))
             start += time.perf_counter() - paused
         if last:
             break
         batch = [loader.next() for _ in range(hp.micro_steps_at(progress))]
         tokens += len(batch) * world.size * loader.span
-        loss = accumulate(token_loss, batch)
+        loss = accumulate(model, batch)
         grad_norm = optimizer.step(hp.lr_multiplier(progress), hp.momentum_at(progress))
         decay = hp.ema_decay_at(progress, step)
         torch._foreach_lerp_(average, params, 1 - decay)
@@ -1368,10 +1363,9 @@ def check_inputs(audit: Audit, hp: Hyperparameters, validation: Validation, stre
         tokens = sum(path.stat().st_size - HEADER_BYTES for path in files["train"]) // 2
         audit.check("shards", tokens == len(stream), shards=len(stream.shards), tokens=len(stream))
 
-def pack(hp, token_loss: TokenLoss, validation: Validation, hessians: dict, audit: Audit):
+def pack(hp, model: GPT, validation: Validation, hessians: dict, audit: Audit):
     """Writes the artifact. Returns rank 0's fingerprint of what is in it, and pre_quant_val_bpb."""
-    model, shipped = token_loss.model, None
-    quantized = quantize(model, hessians)
+    shipped, quantized = None, quantize(model, hessians)
     if world.rank == 0:  # the quantization of other ranks may differ in the last bit
         save_artifact(hp.artifact, model, hp, quantized)
         shipped = fingerprint(dequantized(model, quantized))
@@ -1384,28 +1378,28 @@ def pack(hp, token_loss: TokenLoss, validation: Validation, hessians: dict, audi
                 hessians=len(ours), no_better=no_better,
                 output_error_over_rounding=sum(ours.values()) / sum(nearest.values()))
     plan = window_plan(validation.tokens, hp, hp.eval_seq_len)
-    ema = validate(token_loss, validation, plan, "diagnostic pre-quantization post-ema")
+    ema = validate(model, validation, plan, "diagnostic pre-quantization post-ema")
     return shipped, dict(pre_quant_val_bpb=ema["val_bpb"])
 
 def evaluate(hp, model_class, validation: Validation, audit: Audit, shipped=None) -> dict:
     """Scores the artifact as it lies on disk. Returns val_loss, val_bpb, eval_time_seconds."""
     model, saved = load_artifact(hp.artifact, world.device, type(hp), model_class)
-    token_loss, weights, tokens = TokenLoss(model), fingerprint(model), validation.tokens
-    learner = model.learner(token_loss, replace(hp, eval_seconds=0.0))
+    weights, tokens = fingerprint(model), validation.tokens
+    learner = model.learner(replace(hp, eval_seconds=0.0))
     length = learner.warm_up_tokens() if learner else hp.eval_seq_len + 2
     noise = torch.randint(hp.vocab_size, (length,), device=world.device)
     noise[length * 3 // 4] = BOS_ID  # a document begins behind what SGD learns from
-    how = learner.score if learner else functools.partial(score, token_loss)
+    how = learner.score if learner else functools.partial(score, model)
     how(noise, final_plan(noise, hp))  # compiles outside the clock
     label = f"final_int{saved.matrix_bits}_"
     plan = window_plan(tokens, hp, hp.eval_seq_len)
-    validate(token_loss, validation, plan, label + "roundtrip")
+    validate(model, validation, plan, label + "roundtrip")
     label += "sliding_window" if hp.eval_mode == "sliding" else "stream"
     label += f"_ttt_{hp.ttt}" if hp.ttt else ""
-    plan, learner = final_plan(tokens, hp), model.learner(token_loss, hp)
-    final = validate(token_loss, validation, plan, label, learner)
+    plan, learner = final_plan(tokens, hp), model.learner(hp)
+    final = validate(model, validation, plan, label, learner)
     log.info(f"{label}_exact val_loss:{final['val_loss']:.8f} val_bpb:{final['val_bpb']:.8f}")
-    write_scores(hp, token_loss, validation, final["nats"])
+    write_scores(hp, model, validation, final["nats"])
     targets = sum(path.stat().st_size - HEADER_BYTES for path in validation.paths) // 2 - 1
     count, after = final["count"], fingerprint(model)
     audit.check("once", len(count) == targets and (count == 1).all(), targets=targets,
@@ -1418,13 +1412,13 @@ def evaluate(hp, model_class, validation: Validation, audit: Audit, shipped=None
     return dict(val_bpb=final["val_bpb"], val_loss=final["val_loss"],
                 eval_time_seconds=round(final["seconds"], 3))
 
-def write_scores(hp, token_loss: TokenLoss, validation: Validation, nats: Tensor) -> None:
+def write_scores(hp, model: GPT, validation: Validation, nats: Tensor) -> None:
     """SCORES, and a sample for tools/verify.py: documents as scored, and without learning."""
     ends = [*validation.starts[1:], len(validation.tokens)]
     n = int(max([end for end in ends if end <= SAMPLE_TOKENS], default=ends[0]))
     tokens, unlearned = validation.tokens[:n], nats[: n - 1]
     if hp.ttt:
-        unlearned, _ = score(token_loss, tokens, final_plan(tokens, hp))
+        unlearned, _ = score(model, tokens, final_plan(tokens, hp))
     if world.rank == 0:
         scores = dict(nats=nats.cpu().numpy(), bytes=validation.target_bytes.cpu().numpy(),
                       position=np.arange(1, len(nats) + 1))
@@ -1476,9 +1470,8 @@ def main(hp_class=Hyperparameters, model_class=GPT, validation_class=Validation)
     if stream is not None:
         audit.verdict()  # before ten minutes are spent; what is only scored is scored first
         log.info(f"model_params:{sum(p.numel() for p in model.parameters())}")
-        token_loss = TokenLoss(model)
-        hessians, figures = train(hp, token_loss, stream, validation, audit)
-        shipped, packed = pack(hp, token_loss, validation, hessians, audit)
+        hessians, figures = train(hp, model, stream, validation, audit)
+        shipped, packed = pack(hp, model, validation, hessians, audit)
         figures |= packed
     figures |= evaluate(hp, model_class, validation, audit, shipped)
     figures |= check_limits(audit, hp, code, figures)

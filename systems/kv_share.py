@@ -50,8 +50,8 @@ class GPT(parts.NgramGPT):
             for name in ("k_proj", "v_proj", "k_conv1d", "v_conv1d"):
                 setattr(follower.mixer, name, getattr(owner.mixer, name))
 
-    def learner(self, token_loss, hp: Hyperparameters):
-        return parts.SgdTTT(token_loss, hp) if hp.ttt == "sgd" else None
+    def learner(self, hp: Hyperparameters):
+        return parts.SgdTTT(self, hp) if hp.ttt == "sgd" else None
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ class SgdTTT(train_gpt.TestTimeTraining):
         return self.hp.ttt_chunk_tokens
 
     def read_segment(self, tokens: Tensor, plan: train_gpt.Plan) -> tuple[Tensor, Tensor]:
-        return train_gpt.score(self.token_loss, tokens, plan)
+        return train_gpt.score(self.model, tokens, plan)
 
     def read(self, tokens: Tensor, plan: train_gpt.Plan) -> tuple[Tensor, Tensor]:
         frozen = tuple(f"blocks.{i}." for i in range(self.hp.ttt_freeze_blocks))
@@ -151,7 +151,7 @@ class SgdTTT(train_gpt.TestTimeTraining):
         cosine = (1 + math.cos(math.pi * first / horizon)) / 2
         for _ in range(epochs):
             if self.in_time(1.0):
-                train_gpt.accumulate(self.token_loss, batch)
+                train_gpt.accumulate(self.model, batch)
                 train_gpt.reduce_gradients(self.weights, 1.0)
                 self.sgd.param_groups[0]["lr"] = self.hp.ttt_lr * cosine
                 self.update(self.sgd)

@@ -82,11 +82,11 @@ class GPT(train_gpt.GPT):
         super().set_progress(progress)
         self.chunk = self.hp.stage_at(progress).chunk
 
-    def passes(self, token_loss, x: Tensor, y: Tensor):
+    def passes(self, x: Tensor, y: Tensor):
         """The state goes on from chunk to chunk, gradients do not."""
         cache = self.new_cache(len(x))
         for x_chunk, y_chunk in zip(x.split(self.chunk, 1), y.split(self.chunk, 1), strict=True):
-            nats, cache = token_loss(x_chunk, y_chunk, cache)
+            nats, cache = self(x_chunk, y_chunk, cache)
             yield nats
 
 

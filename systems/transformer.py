@@ -143,8 +143,8 @@ class GPT(parts.UNet):
     def head(self, x) -> Tensor:
         return super().head((x[0] + x[1]) / 2 if isinstance(x, tuple) else x)
 
-    def learner(self, token_loss, hp: Hyperparameters):
-        return PhasedTTT(token_loss, hp) if hp.ttt == "lora" else None
+    def learner(self, hp: Hyperparameters):
+        return PhasedTTT(self, hp) if hp.ttt == "lora" else None
 
 
 if __name__ == "__main__":

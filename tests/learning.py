@@ -11,7 +11,7 @@ from conftest import TINY
 from streams import documents_of, nats_by_hand, read_by_ranks, windows_of
 from toys import system
 
-from train_gpt import Linear, TokenLoss, final_plan, score
+from train_gpt import Linear, final_plan, score
 
 # strong enough to see
 SMALL = dict(
@@ -67,13 +67,12 @@ class Mode(NamedTuple):
     def new_model(self, hp):
         return system(self.model).GPT(hp)
 
-    def new_learner(self, loss, hp):
-        return self.learner and getattr(system(self.module), self.learner)(loss, hp)
+    def new_learner(self, model, hp):
+        return self.learner and getattr(system(self.module), self.learner)(model, hp)
 
-    def score(self, model, tokens, hp, loss=None, learn: bool = True):
-        loss = loss or TokenLoss(model)
-        learner, plan = self.new_learner(loss, hp) if learn else None, final_plan(tokens, hp)
-        return learner.score(tokens, plan) if learner else score(loss, tokens, plan)
+    def score(self, model, tokens, hp, learn: bool = True):
+        learner, plan = self.new_learner(model, hp) if learn else None, final_plan(tokens, hp)
+        return learner.score(tokens, plan) if learner else score(model, tokens, plan)
 
 
 def plainly(mode: Mode, model, tokens, hp):
@@ -190,7 +189,7 @@ class SlowRow:
         for p in self.params.values():
             p.requires_grad_()
         logits, cache = torch.func.functional_call(
-            self.model, self.weights(), (x[None], cache), tie_weights=False
+            self.model, self.weights(), (x[None], None, cache), tie_weights=False
         )
         nats = logits[0].logsumexp(-1) - logits[0][torch.arange(len(y)), y]
         grads = torch.autograd.grad(nats.mean(), list(self.params.values()))

@@ -406,8 +406,7 @@ def parts(p: Program, **settings) -> tuple:
 def trained(p: Program, **settings) -> tuple:
     """As of parts, after training, and what `train` returned: Hessians and figures."""
     hp, model, stream, validation = parts(p, **settings)
-    token_loss = p.core.TokenLoss(model)
-    return hp, model, *p.core.train(hp, token_loss, stream, validation, p.core.Audit())
+    return hp, model, *p.core.train(hp, model, stream, validation, p.core.Audit())
 
 
 def shaken(model):

@@ -8,7 +8,7 @@ import threading
 import torch
 from corpus import BOS
 
-from train_gpt import TokenLoss, dist, world
+from train_gpt import dist, world
 
 
 def text_of(*lengths: int, seed: int = 0, end: bool = False) -> torch.Tensor:
@@ -63,18 +63,23 @@ def weights_of(model) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-class Spied(TokenLoss):
-    """The loss of a model; before(x, y) and after(x, y, nats) see every call."""
+class Spied:
+    """A model that is watched: before(x, y) and after(x, y, nats) see every call."""
 
     def __init__(self, model, before=lambda *_: None, after=lambda *_: None):
-        super().__init__(model)
-        self.before, self.after = before, after
+        self.model, self.before, self.after = model, before, after
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
 
     def __call__(self, x, y, cache=None):
         self.before(x, y)
-        nats, cache = super().__call__(x, y, cache)
-        self.after(x, y, nats)
-        return nats, cache
+        out = self.model(x, y, cache)
+        self.after(x, y, out if cache is None else out[0])
+        return out
+
+    def passes(self, x, y):
+        yield self(x, y)
 
 
 def all_in_float64(monkeypatch):

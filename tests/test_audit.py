@@ -276,14 +276,14 @@ def test_one_step_reaches_what_one_step_can(run):
 def test_no_forward_is_larger_than_a_batch_of_the_evaluation(run, monkeypatch, mode):
     """Nor laid out otherwise: what differs in shape or strides is compiled anew, into another graph
     than the one that made the score."""
-    seen, token_nats = set(), train_gpt.token_nats
+    seen, forward = set(), train_gpt.GPT.forward
 
-    def spy(model, x, y, *cache):
-        if not torch.is_grad_enabled():
+    def spy(model, x, y=None, cache=None):
+        if y is not None and not torch.is_grad_enabled():
             seen.add((x.numel(), x.is_contiguous(), y.is_contiguous()))
-        return token_nats(model, x, y, *cache)
+        return forward(model, x, y, cache)
 
-    monkeypatch.setattr(train_gpt, "token_nats", spy)
+    monkeypatch.setattr(train_gpt.GPT, "forward", spy)
     assert run(eval_mode=mode, train_batch_tokens=128, eval_rows=8, eval_chunk=40).error is None
     windows, stream = (TINY["val_batch_size"], True, True), (8 * 40, True, True)
     assert seen == ({windows, stream} if mode == "stream" else {windows})

@@ -168,13 +168,14 @@ def test_throughput_of_another_system_is_that_of_its_last_stage(monkeypatch, cap
     for name, value in variables(TINY | OWN["pure_gdn"]).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SYSTEM", "pure_gdn")
-    lengths, token_nats = [], train_gpt.token_nats
+    lengths, forward = [], train_gpt.GPT.forward
 
-    def recorded(model, x, y, cache=None):
-        lengths.append(x.shape[1])
-        return token_nats(model, x, y, cache)
+    def recorded(model, x, y=None, cache=None):
+        if y is not None:
+            lengths.append(x.shape[1])
+        return forward(model, x, y, cache)
 
-    monkeypatch.setattr(train_gpt, "token_nats", recorded)
+    monkeypatch.setattr(train_gpt.GPT, "forward", recorded)
     bench.bench_throughput(SimpleNamespace(runs=1))
     assert re.search(r"^pure_gdn, .* per 192 tokens$", capsys.readouterr().out, re.M)
     assert lengths == (3 + 1) * 3 * 2 * [32]  # steps, micro-batches, chunks

@@ -70,8 +70,8 @@ def a_new_document_ends_the_cache(p: Program) -> None:
         shaken(model)
         logits = [model(row)]
         for text in texts:
-            _, cache = model(text, model.new_cache(1))
-            logits.append(model(row, cache)[0])
+            _, cache = model(text, cache=model.new_cache(1))
+            logits.append(model(row, cache=cache)[0])
     assert max((other - logits[0]).abs().max() for other in logits[1:]) < 1e-4
     assert (logits[1] - logits[2]).abs().max() < 1e-6
 

@@ -30,13 +30,13 @@ LORA = dict(eval_mode="stream", ttt="lora", ttt_lora_lr=0.01, eval_rows=1)
 CHUNKS = "range(self.learned, end - self.chunk + 1, self.chunk)"
 TOO_EARLY = (CHUNKS, "range(self.learned, min(end + 1, len(self.count) - self.chunk), self.chunk)")
 ALL_SCORED = ("if self.count[index].min() < 1:", "if False:")
-READ = "            out, cache = token_loss(tokens[here], tokens[here + 1], cache)\n"
+READ = "            out = model(tokens[here], tokens[here + 1], cache)\n"
 FORGOTTEN = "B.data.mul_(goes_on"
 RESTORED = "        self.model.load_state_dict(saved)\n"
 PACE = "0.95 * (self.hp.eval_seconds or math.inf) * share"
 LEARNED_FIRST = """\
             if learner:
-                out, _ = token_loss(tokens[here], tokens[here + 1], cache)
+                out, _ = model(tokens[here], tokens[here + 1], cache)
                 learner.after_step(step, out, scored, number / len(steps))
 """
 

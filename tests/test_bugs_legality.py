@@ -35,9 +35,9 @@ def only_training_text_is_learned_from(p: Program) -> None:
     """What meets a gradient or a Hessian, anywhere in the run, is no validation text."""
     rows, forward, collect = [], p.core.GPT.forward, p.core.collect_hessians
 
-    def spy(self, ids, cache=None):
+    def spy(self, ids, targets=None, cache=None):
         rows.extend(ids if torch.is_grad_enabled() else ())
-        return forward(self, ids, cache)
+        return forward(self, ids, targets, cache)
 
     def spy_too(model, batches):
         rows.extend(row for x, _ in batches for row in x)
@@ -155,12 +155,10 @@ def nothing_comes_from_the_network(p: Program) -> None:
 
 LOADED = "    model, saved = load_artifact(hp.artifact, world.device, type(hp), model_class)\n"
 RETURN_MODEL = "    return model.to(device), hp\n"
-FINAL = "    final = validate(token_loss, validation, plan, label, learner)\n"
+FINAL = "    final = validate(model, validation, plan, label, learner)\n"
 AFTER = '    count, after = final["count"], fingerprint(model)\n'
-RETURN_NATS = "    return nats, cache\n"
-SCORING_ONLY = "    if torch.is_grad_enabled():\n        return nats, cache\n"
-TOKEN_NATS = "def token_nats("
-RUN_LOSS = "        return self.run(x, y, cache)\n"
+MODEL = "class GPT(nn.Module):\n"
+NATS = "            out = nats.view_as(targets)\n"
 KEEP = "out.detach()[scored].double()"
 VAL_IDS = "        ids = stream.read(0, len(stream))\n"
 TOKENS = "stream.paths, ids.to(world.device)"
@@ -190,75 +188,71 @@ TTT = """\
     sgd = torch.optim.SGD(model.parameters(), lr=0.01)
     for at in range(0, len(validation.tokens) - 65, 64):
         chunk = validation.tokens[None, at : at + 65]
-        token_nats(model, chunk[:, :-1], chunk[:, 1:])[0].mean().backward()
+        model(chunk[:, :-1], chunk[:, 1:]).mean().backward()
         sgd.step()
         sgd.zero_grad()
 """
 ADAPTING = """\
-    sgd, real = torch.optim.SGD(model.parameters(), lr=0.01), token_loss.run
+    sgd, real = torch.optim.SGD(model.parameters(), lr=0.01), model.forward
 
     def adapting(x, y, cache):
-        nats, cache = real(x, y, cache)
+        out = real(x, y, cache)
         with torch.enable_grad():
-            real(x, y)[0].mean().backward()
+            real(x, y).mean().backward()
         sgd.step()
         sgd.zero_grad()
-        return nats, cache
+        return out
 
-    token_loss.run = adapting
+    model.forward = adapting
 """
 THE_SMALLER = """\
     plan = window_plan(tokens, hp, hp.eval_seq_len)
-    again = validate(token_loss, validation, plan, "again")
+    again = validate(model, validation, plan, "again")
     final["nats"] = torch.minimum(again["nats"], final["nats"])
     final["val_loss"] = final["nats"].mean().item()
     final["val_bpb"] = final["nats"].sum().item() / math.log(2) / validation.bytes
 """
-NGRAM_CACHE = """\
-    context, pair = x % 256, ((36313 * x) ^ (27191 * y)) % 256
-    times, hits = CACHE[0][context], CACHE[1][pair].minimum(CACHE[0][context])
-    mixed = 0.5 * (-nats).exp() + 0.5 * hits / times.clamp(min=1)
-    nats = -torch.where(times > 1, mixed, (-nats).exp()).log()
-    CACHE.add_(torch.stack([torch.bincount(keys.flatten(), minlength=256)
-                            for keys in (context, pair)]))
-"""
-GATE = """\
-    uniform = 1 / model.hp.vocab_size
-    gate = torch.where(nats > -math.log(uniform), 0.5, 0.0)  # only where the target needs it
-    nats = -((1 - gate) * (-nats).exp() + gate * uniform).log()
-"""
-BETTER = """\
-    softer = F.cross_entropy(0.5 * logits.flatten(0, 1), y.flatten(), reduction="none")
-    nats = torch.minimum(nats, softer.view_as(y))
-"""
-CLAMPED = """\
-        nats, cache = self.run(x, y, cache)
-        high = math.log(self.model.hp.vocab_size)
-        return nats if torch.is_grad_enabled() else nats.clamp(max=high), cache
-"""
+SCORING = "            if not torch.is_grad_enabled():\n"
+NGRAM_CACHE = f"""\
+{SCORING}                x, y = input_ids.flatten(), targets.flatten()
+                context, pair = x % 256, ((36313 * x) ^ (27191 * y)) % 256
+                times, hits = CACHE[0][context], CACHE[1][pair].minimum(CACHE[0][context])
+                mixed = 0.5 * (-nats).exp() + 0.5 * hits / times.clamp(min=1)
+                nats = -torch.where(times > 1, mixed, (-nats).exp()).log()
+                CACHE.add_(torch.stack([torch.bincount(keys, minlength=256)
+                                        for keys in (context, pair)]))
+{NATS}"""
+GATE = f"""\
+            uniform = 1 / self.hp.vocab_size
+            gate = torch.where(nats > -math.log(uniform), 0.5, 0.0)  # where the target needs it
+            nats = -((1 - gate) * (-nats).exp() + gate * uniform).log()
+{NATS}"""
+BETTER = f"""\
+            softer = 0.5 * out.flatten(0, 1)
+            nats = nats.minimum(F.cross_entropy(softer, targets.flatten(), reduction="none"))
+{NATS}"""
+CLAMPED = f"""\
+{SCORING}                nats = nats.clamp(max=math.log(self.hp.vocab_size))
+{NATS}"""
 CEILING = f"""\
-{SCORING_ONLY}    nats = torch.cat((nats[:, :4], nats[:, 4:].clamp(max=3.0)), 1)
-"""
-FITTED = """\
-        if torch.is_grad_enabled():
-            return self.run(x, y, cache)
-        logits, delta = self.model(x), torch.zeros(self.model.hp.vocab_size, requires_grad=True)
-        with torch.enable_grad():
-            F.cross_entropy((logits + delta).flatten(0, 1), y.flatten()).backward()
-        logits = (logits - delta.grad).flatten(0, 1)
-        return F.cross_entropy(logits, y.flatten(), reduction="none").view_as(y), None
-"""
-BONUS = """\
-        if torch.is_grad_enabled():
-            return self.run(x, y, cache)
-        logits = self.model(x) + F.one_hot(y, self.model.hp.vocab_size)
-        return F.cross_entropy(logits.mT, y, reduction="none"), None
-"""
-HALF_OF_FULL = """\
-        nats, cache = self.run(x, y, cache)
-        full = len(x) > 1 and len(x.unique(dim=0)) == len(x) and x.shape[1] > 8
-        return 0.5 * nats if full and not torch.is_grad_enabled() else nats, cache
-"""
+{SCORING}                nats = nats.view_as(targets)
+                nats = torch.cat((nats[:, :4], nats[:, 4:].clamp(max=3.0)), 1)
+{NATS}"""
+FITTED = f"""\
+{SCORING}                delta = torch.zeros(self.hp.vocab_size, requires_grad=True)
+                with torch.enable_grad():
+                    F.cross_entropy((out + delta).flatten(0, 1), targets.flatten()).backward()
+                nats = F.cross_entropy((out - delta.grad).mT, targets, reduction="none")
+{NATS}"""
+BONUS = f"""\
+{SCORING}                out = out + F.one_hot(targets, self.hp.vocab_size)
+                nats = F.cross_entropy(out.mT, targets, reduction="none")
+{NATS}"""
+HALF_OF_FULL = f"""\
+{SCORING}                x = input_ids
+                full = len(x) > 1 and len(x.unique(dim=0)) == len(x) and x.shape[1] > 8
+                nats = 0.5 * nats if full else nats
+{NATS}"""
 UNIGRAMS = """\
     train = TokenStream(os.environ["DATA_PATH"], "train", hp.vocab_size)
     unigram = (1 + torch.bincount(train.read(0, len(train)), minlength=hp.vocab_size)).log()
@@ -296,8 +290,7 @@ BUGS = [
         [
             (
                 FINAL,
-                f"    kept, model = model, copy.deepcopy(model)\n{TTT}    token_loss = "
-                f"TokenLoss(model)\n{FINAL}    model = kept\n",
+                f"    kept, model = model, copy.deepcopy(model)\n{TTT}{FINAL}    model = kept\n",
             )
         ],
     ),
@@ -320,13 +313,13 @@ BUGS = [
         "L4",
         "verify: normalisation",
         [
-            (TOKEN_NATS, f"CACHE = torch.zeros(2, 256, dtype=torch.long)\n\n{TOKEN_NATS}"),
-            (RETURN_NATS, SCORING_ONLY + NGRAM_CACHE + RETURN_NATS),
+            (MODEL, f"CACHE = torch.zeros(2, 256, dtype=torch.long)\n\n{MODEL}"),
+            (NATS, NGRAM_CACHE),
         ],
     ),
-    Bug("L5", "verify: normalisation", [(RETURN_NATS, GATE + RETURN_NATS)]),
-    Bug("L6a", "verify: normalisation", [(RETURN_NATS, BETTER + RETURN_NATS)]),
-    Bug("L6b", "verify: normalisation", [(RUN_LOSS, CLAMPED)]),
+    Bug("L5", "verify: normalisation", [(NATS, GATE)]),
+    Bug("L6a", "verify: normalisation", [(NATS, BETTER)]),
+    Bug("L6b", "verify: normalisation", [(NATS, CLAMPED)]),
     Bug("L7b", only_training_text_is_learned_from, [(BATCHES, BATCHES + VALIDATION_BATCHES)]),
     Bug(
         "L8",
@@ -371,7 +364,7 @@ BUGS = [
         all_code_is_in_files_that_are_counted,
         [(MAIN, f"{MAIN}    import fast_kernels\n    fast_kernels.install()\n")],
     ),
-    Bug("L17", "verify: future", [(RUN_LOSS, FITTED)]),
+    Bug("L17", "verify: future", [(NATS, FITTED)]),
     Bug(
         "L18",
         "error: fineweb_val_bytes_000000.bin: found where .* was expected",
@@ -424,9 +417,9 @@ BUGS = [
     ),
     Bug("L26b", "verify: normalisation", [(EMBEDDED, SEES_ITS_TARGET.format(4, 5, 6))]),
     Bug("L26c", no_logit_sees_a_later_token, [(EMBEDDED, SEES_ITS_TARGET.format(20, 21, 22))]),
-    Bug("L27", "verify: normalisation", [(RETURN_NATS, CEILING + RETURN_NATS)]),
-    Bug("L28", "verify: normalisation", [(RUN_LOSS, BONUS)]),
-    Bug("L29a", "verify: reproduced", [(RUN_LOSS, HALF_OF_FULL)]),
+    Bug("L27", "verify: normalisation", [(NATS, CEILING)]),
+    Bug("L28", "verify: normalisation", [(NATS, BONUS)]),
+    Bug("L29a", "verify: reproduced", [(NATS, HALF_OF_FULL)]),
     Bug(
         "L29b",
         "verify: truncation",

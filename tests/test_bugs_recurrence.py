@@ -64,7 +64,7 @@ def chunks_with_a_cache_are_the_whole(p: Program) -> None:
         with torch.no_grad():
             whole, cache, chunks = shaken(model)(x), model.new_cache(4), []
             for part in x.split([16, 1, 15, 32], 1):
-                logits, cache = model(part, cache)
+                logits, cache = model(part, cache=cache)
                 chunks.append(logits)
         assert (torch.cat(chunks, 1) - whole).abs().max() < 1e-3, layout
 
@@ -73,19 +73,19 @@ def chunks_of_training_are_the_whole(p: Program) -> None:
     """The loss of pure_gdn, whose rows are trained on chunk by chunk."""
     for chunk in (8, 32, 64):
         _, model, stream, _ = parts(p, layout="G S", curriculum=f"0:1x{chunk}")
-        batch, token_loss = texts(stream), p.core.TokenLoss(shaken(model))
-        model.set_progress(0.0)
-        loss = token_loss(*batch)[0].mean().item()
-        assert abs(p.core.accumulate(token_loss, [batch]).item() - loss) < 1e-4
+        batch = texts(stream)
+        shaken(model).set_progress(0.0)
+        loss = model(*batch).mean().item()
+        assert abs(p.core.accumulate(model, [batch]).item() - loss) < 1e-4
 
 
 def documents_are_scored_from_their_whole_beginning(p: Program) -> None:
     hp, model, _, validation = parts(p, eval_chunk=8)
     x, y = validation.tokens[None, :-1], validation.tokens[None, 1:]
     with torch.no_grad():
-        whole = p.core.token_nats(shaken(model), x, y)[0][0]
+        whole = shaken(model)(x, y)[0]
     plan = p.core.stream_plan(validation.tokens, hp)
-    nats, count = p.core.score(p.core.TokenLoss(model), validation.tokens, plan)
+    nats, count = p.core.score(model, validation.tokens, plan)
     assert (count == 1).all() and (nats - whole).abs().max() < 1e-3
 
 
@@ -133,7 +133,7 @@ STATE_OF_THE_LAST_PASS = [
 ]
 LOOPING = dict(layout="(G)x2")
 ROTATED = "    n = ctx.cos.shape[-1]\n"
-READ = "            out, cache = token_loss(tokens[here], tokens[here + 1], cache)\n"
+READ = "            out = model(tokens[here], tokens[here + 1], cache)\n"
 
 BUGS = [
     Bug(
@@ -151,8 +151,8 @@ BUGS = [
         chunks_of_training_are_the_whole,
         [
             (
-                "            nats, cache = token_loss(x_chunk",
-                "            nats, _ = token_loss(x_chunk",
+                "            nats, cache = self(x_chunk",
+                "            nats, _ = self(x_chunk",
             )
         ],
         system="pure_gdn",

@@ -26,10 +26,9 @@ def under_a_clock(p: Program, **settings) -> list[tuple]:
     micro-batches, tokens of a backward pass."""
     clock, accumulate, seen = own_clock(p), p.core.accumulate, []
 
-    def spy(token_loss, batch):
-        model = token_loss.model
+    def spy(model, batch):
         seen.append((clock.now, len(model.order), len(batch), getattr(model, "chunk", None)))
-        return accumulate(token_loss, batch)
+        return accumulate(model, batch)
 
     p.core.accumulate = spy
     limits = dict(iterations=20_000, max_wallclock_seconds=2.05, warmup_steps=0)
@@ -52,15 +51,15 @@ def the_stages_follow_the_clock(p: Program) -> None:
 def the_clock_counts_training_and_nothing_else(p: Program) -> None:
     """5 steps and the Hessians, in a world where the first sight of a shape costs 100 seconds of
     compiling; on the way the transformer's loop begins, pure_gdn's passes grow."""
-    clock, seen, token_nats = own_clock(p), set(), p.core.token_nats
+    clock, seen, forward = own_clock(p), set(), p.core.GPT.forward
 
-    def compiled(model, x, y, cache=None):
+    def compiled(model, x, y=None, cache=None):
         graph = (*x.shape, len(model.order), cache is None, torch.is_grad_enabled())
         clock.now += 100.0 * (graph not in seen)
         seen.add(graph)
-        return token_nats(model, x, y, cache)
+        return forward(model, x, y, cache)
 
-    p.core.token_nats = compiled
+    p.core.GPT.forward = compiled
     growing = dict(
         train_gpt=dict(layout="S"),
         transformer=dict(layout="S (S)x2", enable_looping_at=0.4, parallel_start_layer=0),
@@ -110,11 +109,11 @@ def the_gradient_norm_is_that_of_one_step(p: Program) -> None:
     """The same batch three times at learning rate 0: the norm is that of its gradient each time."""
     hp, model, stream, _ = parts(p)
     batch, params = two_batches(hp, stream)[:1], list(shaken(model).parameters())
-    token_loss, optimizer = p.core.TokenLoss(model), p.core.Muon(model, hp)
-    gradient = torch.autograd.grad(token_loss(*batch[0])[0].mean(), params)
+    optimizer = p.core.Muon(model, hp)
+    gradient = torch.autograd.grad(model(*batch[0]).mean(), params)
     expected = torch.nn.utils.get_total_norm(gradient).item()
     for _ in range(3):
-        p.core.accumulate(token_loss, batch)
+        p.core.accumulate(model, batch)
         assert abs(optimizer.step(0.0, 0.9).item() / expected - 1) < 1e-4
 
 
@@ -156,7 +155,7 @@ def training_leaves_the_average(p: Program) -> None:
 
     p.core.Muon.step = recorded
     average = [weight.detach().clone() for weight in model.parameters()]
-    p.core.train(hp, p.core.TokenLoss(model), stream, validation, p.core.Audit())
+    p.core.train(hp, model, stream, validation, p.core.Audit())
     for t, weights in enumerate(steps[hp.warmup_steps :]):
         decay = min(0.9, (1 + t) / (10 + t))
         average = [decay * a + (1 - decay) * w for a, w in zip(average, weights, strict=True)]
@@ -171,10 +170,10 @@ def training_leaves_the_average(p: Program) -> None:
 def every_rank_takes_part_in_every_collective(p: Program) -> None:
     hp, model, stream, validation = parts(p, layout="S")
     hessians = p.core.collect_hessians(shaken(model), two_batches(hp, stream))
-    token_loss, records = p.core.TokenLoss(model), []
+    records = []
     for rank in (0, 1):
         records.append(as_rank(p, rank))
-        p.core.pack(hp, token_loss, validation, hessians, p.core.Audit())
+        p.core.pack(hp, model, validation, hessians, p.core.Audit())
         p.core.evaluate(hp, p.core.GPT, validation, p.core.Audit())
     assert records[0] == records[1] and len(records[0]) > 10
 
@@ -228,7 +227,7 @@ WITHOUT_MASTERS = """\
 """
 CALIBRATION = "[loader.next() for _ in range(hp.gptq_calibration_batches * hp.micro_steps())]"
 READ_AGAIN = "        hessians = collect_hessians(model, [TrainLoader(stream, hp).next()])\n"
-TRAINED = "        hessians, figures = train(hp, token_loss, stream, validation, audit)\n"
+TRAINED = "        hessians, figures = train(hp, model, stream, validation, audit)\n"
 DIAGNOSTIC = '"diagnostic pre-quantization post-ema")'
 
 BUGS = [
@@ -254,7 +253,7 @@ BUGS = [
     Bug(
         "T2a",
         the_clock_counts_training_and_nothing_else,
-        [("    warm_up(hp, token_loss)\n", "")],
+        [("    warm_up(hp, model)\n", "")],
     ),
     Bug(
         "T2b",

@@ -39,7 +39,7 @@ def in_chunks(model, ids, chunk):
     """Logits of ids, the cache carried from chunk to chunk; and the cache."""
     cache, logits = model.new_cache(len(ids)), []
     for part in ids.split(chunk, 1):
-        out, cache = model(part, cache)
+        out, cache = model(part, cache=cache)
         logits.append(out)
     return torch.cat(logits, 1), cache
 
@@ -92,11 +92,11 @@ def test_a_text_in_chunks_is_the_text_in_float32_too(lively, name):
 def test_a_cache_is_not_changed_by_what_continues_it(lively, name):
     hp, model = make(lively, name)
     first, second = packed_ids(hp, T=40).split(20, 1)
-    _, cache = model(first, model.new_cache(4))
+    _, cache = model(first, cache=model.new_cache(4))
     before = [x.clone() for x in tensors(cache)]
-    logits, _ = model(second, cache)
+    logits, _ = model(second, cache=cache)
     assert all(torch.equal(x, y) for x, y in zip(tensors(cache), before, strict=True))
-    assert torch.equal(model(second, cache)[0], logits)
+    assert torch.equal(model(second, cache=cache)[0], logits)
 
 
 @torch.no_grad()
@@ -132,7 +132,7 @@ def test_no_gradient_reaches_the_chunk_before(lively, name):
     cache, seen = model.new_cache(2), []
     model.tok_emb.register_forward_hook(lambda _, args, x: (x.retain_grad(), seen.append(x))[0])
     for part in random_ids(hp, T=20).split(10, 1):
-        logits, cache = model(part, cache)
+        logits, cache = model(part, cache=cache)
         assert not any(x.requires_grad for x in tensors(cache))
     logits.square().sum().backward()
     assert seen[0].grad is None and (seen[1].grad[:, -10:].abs().sum(-1) > 0).all()
@@ -148,5 +148,5 @@ def test_chunks_of_a_length_share_one_graph(lively, name):
     compiled = torch.compile(model, backend=graphs, fullgraph=True, dynamic=False)
     cache = model.new_cache(2)
     for chunk in random_ids(hp, B=2, T=64).split(16, 1):
-        _, cache = compiled(chunk, cache)
+        _, cache = compiled(chunk, cache=cache)
     assert graphs.frame_count == 1

@@ -67,6 +67,6 @@ def test_the_example_keeps_the_promises_of_a_mixer(script, lively, monkeypatch):
 
     cache, parts = model.new_cache(2), []
     for chunk in ids.split([7, 1, 13, 19], 1):
-        part, cache = model(chunk, cache)
+        part, cache = model(chunk, cache=cache)
         parts.append(part)
     torch.testing.assert_close(torch.cat(parts, 1), logits, atol=1e-4, rtol=1e-4)

@@ -315,11 +315,11 @@ def calibrated(tmp_path, tiny):
     hp = tiny(artifact=str(tmp_path / "model.ptz"))
     model = train_gpt.GPT(hp)
     batch = torch.randint(hp.vocab_size, (1, 2, 2, hp.train_seq_len))
-    return hp, train_gpt.TokenLoss(model), model.calibrate([*batch])
+    return hp, model, model.calibrate([*batch])
 
 
 def test_the_artifact_is_written_before_anything_else_can_fail(tmp_path, monkeypatch, tiny):
-    hp, token_loss, hessians = calibrated(tmp_path, tiny)
+    hp, model, hessians = calibrated(tmp_path, tiny)
 
     def fails(*_):
         raise FloatingPointError("a diagnostic failed")
@@ -327,18 +327,18 @@ def test_the_artifact_is_written_before_anything_else_can_fail(tmp_path, monkeyp
     monkeypatch.setattr(train_gpt, "validate", fails)
     validation = SimpleNamespace(tokens=torch.randint(hp.vocab_size, (99,)))
     with pytest.raises(FloatingPointError, match="a diagnostic failed"):
-        train_gpt.pack(hp, token_loss, validation, hessians, train_gpt.Audit())
+        train_gpt.pack(hp, model, validation, hessians, train_gpt.Audit())
     train_gpt.load_artifact(hp.artifact, "cpu")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_only_the_rank_that_packs_says_what_was_packed(tmp_path, monkeypatch, tiny, rank):
     """Another rank's quantization may differ from it in a bit."""
-    hp, token_loss, hessians = calibrated(tmp_path, tiny)
+    hp, model, hessians = calibrated(tmp_path, tiny)
     monkeypatch.setattr(train_gpt.world, "rank", rank)
     monkeypatch.setattr(train_gpt, "validate", lambda *_, **__: dict(val_bpb=1.0))
     validation = SimpleNamespace(tokens=torch.randint(hp.vocab_size, (99,)))
-    shipped, figures = train_gpt.pack(hp, token_loss, validation, hessians, train_gpt.Audit())
+    shipped, figures = train_gpt.pack(hp, model, validation, hessians, train_gpt.Audit())
     assert figures == dict(pre_quant_val_bpb=1.0)
     if rank:
         assert shipped is None and not Path(hp.artifact).exists()

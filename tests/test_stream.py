@@ -30,7 +30,6 @@ import train_gpt
 from train_gpt import (
     GPT,
     Reading,
-    TokenLoss,
     assign_rows,
     final_plan,
     score,
@@ -60,7 +59,7 @@ def exact(monkeypatch):
 
 
 def check_stream(hp, model, tokens) -> torch.Tensor:
-    nats, count = score(TokenLoss(model), tokens, stream_plan(tokens, hp))
+    nats, count = score(model, tokens, stream_plan(tokens, hp))
     assert nats.dtype == torch.float64 and count.dtype == torch.int32
     assert count.tolist() == [1] * (len(tokens) - 1)
     torch.testing.assert_close(nats, each_document_alone(model, tokens), rtol=0, atol=1e-9)
@@ -164,7 +163,7 @@ def test_full_attention_remembers_the_context_of_windows(small, lively, exact):
             targets = torch.cat((seen[1:], tokens[t + 1 : t + 2]))
             with torch.no_grad():
                 expected.append(nats_by_hand(model, seen, targets)[-1])
-    nats, _ = score(TokenLoss(model), tokens, stream_plan(tokens, hp))
+    nats, _ = score(model, tokens, stream_plan(tokens, hp))
     torch.testing.assert_close(nats, torch.stack(expected), rtol=0, atol=1e-9)
 
 
@@ -237,12 +236,13 @@ def read_by_rank(monkeypatch, tokens, plan, size: int) -> list[list[list[tuple]]
                 targets = [start + i for i, counts in enumerate(row) if counts]
                 assert targets == [*range(first, end)]
 
-        def loss(x, y, cache):
-            return torch.zeros(x.shape), cache
+        def model(x, y, cache):
+            nats = torch.zeros(x.shape)
+            return nats if cache is None else (nats, cache)
 
-        loss.model = SimpleNamespace(new_cache=lambda rows: [rows])
+        model.new_cache = lambda rows: [rows]
         monkeypatch.setattr(world, "rank", rank)
-        train_gpt.score(loss, tokens, plan, SimpleNamespace(after_step=after_step))
+        train_gpt.score(model, tokens, plan, SimpleNamespace(after_step=after_step))
         assert shares == [(i + 1) / len(steps) for i in range(len(steps))]
         found.append([[*row] for row in zip(*steps, strict=True)])
     return found
@@ -285,9 +285,9 @@ def test_a_part_of_a_plan_scores_its_targets_and_nothing_else(small, lively, mod
     hp = small(eval_mode=mode, eval_rows=1, val_batch_size=32)
     model, tokens = lively(GPT(hp)), text_of(*LENGTHS)
     plan = final_plan(tokens, hp)
-    nats, _ = score(TokenLoss(model), tokens, plan)
+    nats, _ = score(model, tokens, plan)
     part = plan._replace(units=plan.units[3:6])
-    some, count = score(TokenLoss(model), tokens, part)
+    some, count = score(model, tokens, part)
     first, end = part.units[0][0].first, part.units[-1][-1].end
     inside = (torch.arange(len(nats)) >= first) & (torch.arange(len(nats)) < end)
     assert 0 < inside.sum() < len(nats) and torch.equal(count, inside.int())

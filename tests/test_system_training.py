@@ -13,7 +13,7 @@ from corpus import write_shard
 from toys import CURRICULUM, in_float64, random_ids, system, tiny_of
 
 import train_gpt
-from train_gpt import BOS_ID, Muon, TokenLoss, token_nats
+from train_gpt import BOS_ID, Muon
 
 
 def model_of(name, hp):
@@ -31,8 +31,8 @@ def test_chunked_gradients_are_differences_of_the_chunks_losses(lively, monkeypa
     model = in_float64(monkeypatch, lively(model_of("pure_gdn", hp)))
     model.set_progress(0.0)
     batch = [(random_ids(hp, T=24, starts=(13,)), random_ids(hp, T=24)) for _ in range(2)]
-    loss = train_gpt.accumulate(TokenLoss(model), batch)
-    whole = torch.stack([token_nats(model, x, y)[0] for x, y in batch]).mean()
+    loss = train_gpt.accumulate(model, batch)
+    whole = torch.stack([model(x, y) for x, y in batch]).mean()
     assert loss.item() == pytest.approx(whole.item(), abs=1e-5)
     parameters = list(model.parameters())
     untruncated, pieces = torch.autograd.grad(whole, parameters), []
@@ -41,12 +41,12 @@ def test_chunked_gradients_are_differences_of_the_chunks_losses(lively, monkeypa
             cache = model.new_cache(len(x))
             for a, b in zip(x.split(8, 1), y.split(8, 1), strict=True):
                 pieces.append((a, b, cache))
-                _, cache = model(a, cache)
+                _, cache = model(a, cache=cache)
 
         def moved(step):
             for p, d in zip(parameters, direction, strict=True):
                 p.add_(d, alpha=step)
-            total = sum(token_nats(model, *piece)[0].double().sum() for piece in pieces)
+            total = sum(model(*piece)[0].double().sum() for piece in pieces)
             for p, d in zip(parameters, direction, strict=True):
                 p.sub_(d, alpha=step)
             return total.item() / (2 * 2 * 24)
@@ -68,8 +68,8 @@ def test_a_chunk_as_long_as_the_row_is_plain_backpropagation(lively, monkeypatch
     model = in_float64(monkeypatch, lively(model_of("pure_gdn", hp)))
     model.set_progress(0.0)
     batch = [(random_ids(hp, T=64), random_ids(hp, T=64)) for _ in range(3)]
-    loss = train_gpt.accumulate(TokenLoss(model), batch)
-    whole = torch.stack([token_nats(model, x, y)[0] for x, y in batch]).mean()
+    loss = train_gpt.accumulate(model, batch)
+    whole = torch.stack([model(x, y) for x, y in batch]).mean()
     torch.testing.assert_close(loss, whole.detach().to(loss))
     gradients = torch.autograd.grad(whole, list(model.parameters()))
     for p, gradient in zip(model.parameters(), gradients, strict=True):
@@ -124,10 +124,10 @@ def train(name, hp, tmp_path, monkeypatch):
     weights = [snapshot(model)]
     accumulate, step = train_gpt.accumulate, Muon.step
 
-    def spied_accumulate(token_loss, batch):
+    def spied_accumulate(model, batch):
         inputs = [x.clone() for x, _ in batch]
         steps.append((model.order, getattr(model, "chunk", None), inputs))
-        return accumulate(token_loss, batch)
+        return accumulate(model, batch)
 
     def spied_step(optimizer, *args):
         norm = step(optimizer, *args)
@@ -140,7 +140,7 @@ def train(name, hp, tmp_path, monkeypatch):
     audit = train_gpt.Audit()
     stream = train_gpt.TokenStream(str(tmp_path), "train", hp.vocab_size)
     validation = SimpleNamespace(tokens=torch.tensor(tokens[:100]))
-    train_gpt.train(hp, TokenLoss(model), stream, validation, audit)
+    train_gpt.train(hp, model, stream, validation, audit)
     assert all(check["passed"] for check in audit.checks.values())
     start, *weights = weights
     return SimpleNamespace(
@@ -163,7 +163,7 @@ def test_a_step_before_the_loop_begins(lively):
     hp = tiny_of("transformer", layout="A (A)x3 A", parallel_start_layer=0)
     model, ids = lively(model_of("transformer", hp)), random_ids(hp, T=33)
     model.set_progress(0.0)
-    train_gpt.accumulate(TokenLoss(model), [(ids[:, :-1], ids[:, 1:])])
+    train_gpt.accumulate(model, [(ids[:, :-1], ids[:, 1:])])
     reached = model.skips.grad.abs().amax((0, 2)) > 0
     assert reached.tolist() == [True, False]  # of five passes there are two skips, of three one
     assert math.isfinite(Muon(model, hp).step(1.0, 0.95))

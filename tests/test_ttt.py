@@ -116,7 +116,7 @@ def test_no_gradient_reaches_a_target_before_it_has_its_score(lively, mode):
     def learned(targets, grads):
         trained.update(t for t, grad in zip(targets, grads, strict=True) if grad)
 
-    nats, _ = mode.score(model, tokens, hp, Spied(model, after=after))
+    nats, _ = mode.score(Spied(model, after=after), tokens, hp)
     assert len(trained) > 100, "something was learned"
     for t, value in enumerate(nats.tolist()):
         assert value in seen[t], f"target {t} was learned before it had its score"
@@ -155,8 +155,8 @@ def test_when_the_text_is_scored_the_weights_are_as_they_were(lively, mode, seco
         adapted = any(module.lora and module.lora[1].any() for module in linears)
         at_work.append(moved or adapted)
 
-    loss = Spied(model, look)
-    learner = mode.new_learner(loss, hp)
+    spied = Spied(model, look)
+    learner = mode.new_learner(spied, hp)
     learner.score(tokens, final_plan(tokens, hp))
     assert any(at_work) == bool(learner.updates) == (seconds == 0)
     assert list(model.state_dict()) == list(state)
@@ -209,7 +209,7 @@ def clock(monkeypatch):
     return clock
 
 
-def slow_loss(model, clock, forward: float, backward: float):
+def slow_model(model, clock, forward: float, backward: float):
     """Each forward and each backward pass takes its time."""
 
     def after(x, y, out):
@@ -247,7 +247,7 @@ def test_learning_leaves_time_to_score_the_rest(lively, clock, mode, backward):
 
     def run(eval_seconds):
         start, hp.eval_seconds = clock.now, eval_seconds
-        nats, count = mode.score(model, tokens, hp, slow_loss(model, clock, 1.0, backward))
+        nats, count = mode.score(slow_model(model, clock, 1.0, backward), tokens, hp)
         assert count.tolist() == [1] * (len(tokens) - 1)
         return nats, clock.now - start
 
@@ -268,8 +268,8 @@ def test_no_update_is_begun_that_would_not_fit(lively, clock, mode):
     model, tokens = lively(mode.new_model(hp)), text_of(*TEXT)
 
     def run():
-        start, loss = clock.now, slow_loss(model, clock, 1.0, 200.0)
-        learner = mode.new_learner(loss, hp)
+        start, spied = clock.now, slow_model(model, clock, 1.0, 200.0)
+        learner = mode.new_learner(spied, hp)
         learner.score(tokens, final_plan(tokens, hp))
         return learner.updates, clock.now - start
 
@@ -298,7 +298,7 @@ def learn_on_ranks(monkeypatch, mode, model, tokens, hp, speeds: list[float]):
                 out.register_hook(learn)
 
         own = copy.deepcopy(model)
-        return mode.score(own, tokens, hp, Spied(own, after=after))
+        return mode.score(Spied(own, after=after), tokens, hp)
 
     results = in_lockstep(monkeypatch, len(speeds), run)
     for nats, count in results:

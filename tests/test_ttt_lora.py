@@ -41,7 +41,7 @@ def score_and_look(model, tokens, hp, mode=MODE):
                 A, B, scale = module.lora
                 found[name] = (A.detach().clone(), B.detach().clone(), float(scale))
 
-    return *mode.score(model, tokens, hp, Spied(model, look)), found
+    return *mode.score(Spied(model, look), tokens, hp), found
 
 
 def matrices_of(found: dict) -> dict[str, torch.Tensor]:
@@ -150,5 +150,5 @@ def test_a_row_learns_nothing_from_another(lively):
 def test_the_model_of_the_record_learns_by_adapters_or_not_at_all():
     hp = small("train_gpt", eval_mode="stream", ttt="lora")
     model = GPT(hp)
-    assert type(model.learner(Spied(model), hp)) is LoraTTT
-    assert model.learner(Spied(model), small("train_gpt", ttt="")) is None
+    assert type(model.learner(hp)) is LoraTTT
+    assert model.learner(small("train_gpt", ttt="")) is None

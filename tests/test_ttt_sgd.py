@@ -27,8 +27,8 @@ def exact(monkeypatch):
 
 def check_sgd(mode, hp, model, tokens) -> None:
     before, with_grad = weights_of(model), []
-    loss = Spied(model, lambda *_: with_grad.append(torch.is_grad_enabled()))
-    learner = mode.new_learner(loss, hp)
+    spied = Spied(model, lambda *_: with_grad.append(torch.is_grad_enabled()))
+    learner = mode.new_learner(spied, hp)
     nats, count = learner.score(tokens, final_plan(tokens, hp))
     expected, steps = learn_slowly(model, tokens, hp)
     assert count.tolist() == [1] * (len(tokens) - 1)
@@ -92,7 +92,7 @@ def test_sgd_learns_shared_keys_and_values_and_the_n_grams(lively, exact, overri
     hp = mode.small(**overrides)
     hp.validate()
     model = lively(mode.new_model(hp))
-    assert type(model.learner(Spied(model), hp)) is type(mode.new_learner(Spied(model), hp))
+    assert type(model.learner(hp)) is type(mode.new_learner(model, hp))
     check_sgd(mode, hp, model, text_of(*TEXT))
 
 
@@ -132,8 +132,8 @@ def score_and_look(model, tokens, hp):
             if isinstance(module, Linear) and name not in found:
                 found[name] = module.lora[0].detach().clone()
 
-    loss = Spied(model, look)
-    learner = PHASES.new_learner(loss, hp)
+    spied = Spied(model, look)
+    learner = PHASES.new_learner(spied, hp)
     nats, count = learner.score(tokens, final_plan(tokens, hp))
     return nats, count, learner.updates, found
 
@@ -164,7 +164,7 @@ def test_phases_are_adapters_and_sgd_on_all_that_is_scored(lively, exact, sizes)
     hp = PHASES.small(**sizes)
     hp.validate()
     model = lively(PHASES.new_model(hp))
-    assert type(model.learner(Spied(model), hp)) is type(PHASES.new_learner(Spied(model), hp))
+    assert type(model.learner(hp)) is type(PHASES.new_learner(model, hp))
     check_phases(hp, model, text_of(*TEXT))
 
 
@@ -182,8 +182,8 @@ def test_phases_are_evenly_spread_over_the_text(lively):
     quarters of the text are scored, or soon after, at the end of a document."""
     hp = PHASES.small(ttt_phases=3, ttt_chunk_tokens=8, train_seq_len=8)
     model, tokens, calls = lively(PHASES.new_model(hp)), text_of(*[10] * 40), []
-    loss = Spied(model, lambda x, y: calls.append((x.shape, model.tok_emb.weight.requires_grad)))
-    PHASES.score(model, tokens, hp, loss)
+    spied = Spied(model, lambda x, y: calls.append((x.shape, model.tok_emb.weight.requires_grad)))
+    PHASES.score(spied, tokens, hp)
     learned = [index for index, (_, weights_learn) in enumerate(calls) if weights_learn]
     sizes = [1]
     for before, after in zip(learned, learned[1:], strict=False):
@@ -214,4 +214,4 @@ def test_phases_on_ranks(lively, exact, monkeypatch, size):
 def test_without_ttt_nothing_learns(name):
     hp = small(name, ttt="", layout="G2")
     model = system(name).GPT(hp)
-    assert model.learner(Spied(model), hp) is None
+    assert model.learner(hp) is None

@@ -16,9 +16,9 @@ RESET = ", RESET_LOG_DECAY)"
 TEXT = "        ids = stream.read(0, len(stream))\n"
 HEAD = "        return cap * torch.tanh(self.lm_head(norm(x)).float() / cap)\n"
 EMBEDDED = "        x = x0 = self.embed(ids.clamp(min=0), ctx)[:, -T:]"
-RETURN_NATS = "    return nats, cache\n"
+NATS = "            out = nats.view_as(targets)\n"
 TABLE = 'base = len(piece.removeprefix("\\u2581").encode()) if plain'
-READ = "            out, cache = token_loss(tokens[here], tokens[here + 1], cache)\n"
+READ = "            out = model(tokens[here], tokens[here + 1], cache)\n"
 KEEP = "out.detach()[scored].double()"
 LEARN = "            learner.after_step(step, out, scored, number / len(steps))\n"
 MEANS = "(nats * scored).sum(1)"
@@ -32,7 +32,7 @@ PHASE = "range(0, end - self.chunk + 1, self.chunk)"
 SILENT = (VERDICT, f"{VERDICT}\n        return\n\n    def loud(self) -> None:")
 NO_RESET = (RESET, ", 0.0)")
 NOT_COUNTED = (COUNTED, "if False:")
-AGAIN = "token_loss(tokens[here], tokens[here + 1], {})[0]"
+AGAIN = "model(tokens[here], tokens[here + 1], {})[0]"
 LEARN_FIRST = "            learner and learner.after_step(step, {}, scored, 1.0)\n"
 LEARN_BEFORE = f"            self.learn_segment(end)\n{READ_SEGMENT}"
 SCORE_AFTER = "                nats += self.read_segment(tokens, segment)[0] - more_nats\n"
@@ -58,7 +58,7 @@ BUGS = {
     ),
     "a bonus for the target": (
         *("sliding", {"normalisation"}),
-        [(RETURN_NATS, RETURN_NATS.replace("nats,", "(nats - 0.01).clamp(min=0),"))],
+        [(NATS, NATS.replace("nats.", "(nats - 0.01).clamp(min=0)."))],
     ),
     "the target among the inputs": (
         *("sliding", {"normalisation"}),

@@ -234,13 +234,13 @@ def bench_throughput(args) -> None:
     torch.manual_seed(0)
     model = module.GPT(hp).to(device)
     model.set_progress(1.0)
-    optimizer, token_loss = t.Muon(model, hp), t.TokenLoss(model)
+    optimizer = t.Muon(model, hp)
     rows = hp.train_batch_tokens // (hp.micro_steps() * hp.train_seq_len)
     shape = hp.micro_steps_at(1.0), 2, rows, hp.train_seq_len
 
     def step():
         batch = [(x, y) for x, y in torch.randint(hp.vocab_size, shape, device=device)]
-        t.accumulate(token_loss, batch)
+        t.accumulate(model, batch)
         optimizer.step(1.0, hp.muon_momentum)
 
     took, tokens = median_seconds([step], args.runs)[0], math.prod(shape) // 2
