@@ -22,6 +22,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -39,6 +40,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 
 # --- 1. Hyperparameters ---------------------------------------------------------------------------
 # what EVAL_ONLY may set: how an artifact is scored
@@ -50,8 +52,7 @@ def bounded(default, low: float, high: float = math.inf):
 
 @dataclass
 class Hyperparameters:
-    """One run, each field an environment variable. The defaults are the record; a system in
-    systems/ is a subclass with its own fields and defaults."""
+    """One run, each field an environment variable. The defaults are the record's."""
     system: ClassVar[str] = "record"  # systems/NAME.py sets it to NAME
     kinds: ClassVar[str] = "GSA"  # of the blocks that a layout may have
     ttt_kinds: ClassVar[tuple[str, ...]] = ("", "lora")
@@ -65,7 +66,7 @@ class Hyperparameters:
     # data
     data_path: str = "./data/datasets/fineweb10B_sp8192"
     tokenizer_path: str = "./data/tokenizers/fineweb_8192_bpe.model"
-    vocab_size: int = bounded(8192, 2, 65536)
+    vocab_size: int = bounded(8192, 3, 65536)
     train_batch_tokens: int = bounded(786_432, 1)  # of an optimizer step, over all ranks
     train_seq_len: int = bounded(2048, 1)
     grad_accum_steps: int = 0  # micro-batches per step and rank; 0 = 8 // WORLD_SIZE
@@ -133,19 +134,15 @@ class Hyperparameters:
     ttt_lora_wd: float = 0.5
 
     @classmethod
-    def from_preset(cls, preset: str) -> "Hyperparameters":
-        if preset == "record":
-            return cls()
-        file = Path(__file__).resolve().parent / "presets" / f"{cls.system}.{preset}.json"
-        if not file.is_file():
-            raise ValueError(f"PRESET={preset!r}: no file {file}")
-        return cls(preset=preset, **json.loads(file.read_text()))
-
-    @classmethod
     def from_env(cls, env, artifact=None) -> "Hyperparameters":
         """PRESET, or the hyperparameters of an artifact, then overrides; of an artifact only those
         of SCORING. Raises: ValueError naming the variable, what was found and what was expected."""
-        hp = copy.copy(artifact) or cls.from_preset(env.get("PRESET", "record"))
+        hp, preset = copy.copy(artifact) or cls(), env.get("PRESET", "record")
+        if preset != "record" and not artifact:
+            file = Path(__file__).resolve().parent / "presets" / f"{cls.system}.{preset}.json"
+            if not file.is_file():
+                raise ValueError(f"PRESET={preset!r}: no file {file}")
+            hp = cls(preset=preset, **json.loads(file.read_text()))
         for f in fields(cls):
             name, text, before = f.name.upper(), env.get(f.name.upper()), getattr(hp, f.name)
             if text is None or f.name == "preset":
@@ -194,6 +191,9 @@ class Hyperparameters:
                      f"a multiple of {steps} micro-batches x {world.size} ranks x {T} tokens")
         return steps
 
+    def micro_rows(self) -> int:
+        return self.train_batch_tokens // (self.micro_steps() * world.size * self.train_seq_len)
+
     # Schedules. Progress is the fraction of the run completed, by the clock or by steps.
 
     def train_seconds(self) -> float:
@@ -225,14 +225,13 @@ def parse_layout(layout: str, kinds: str = "GSA") -> tuple[list[BlockSpec], list
     """'G5 S G5 S=5' -> the blocks, and their numbers in the order of the passes. A number repeats;
     `=i` uses the mixer of block i, counted from 0, of the same kind and with its own mixer; one
     group may loop: 'A3 (A3)x3 A5'. Raises: ValueError naming LAYOUT and the offending part."""
-    match = re.fullmatch(r"([^()]*)(?:\(([^()]*\w[^()]*)\)x([2-9])([^()]*))?", layout)
-    if not match or not layout.strip():
+    groups = r"\(([^()]+)\)x([2-9])|([^()]+)"
+    if re.sub(groups, "", layout) or layout.count("(") > 1 or not layout.strip():
         raise ValueError(f"LAYOUT={layout!r}: expected blocks, and at most one group (blocks)x2")
-    before, looped, passes, after = match.groups(default="")
     blocks, order = [], []
-    for group, times in (before, 1), (looped, int(passes or 1)), (after, 1):
+    for looped, passes, once in re.findall(groups, layout):
         first = len(blocks)
-        for part in group.split():
+        for part in (looped or once).split():
             match = re.fullmatch(rf"([{kinds}])([1-9][0-9]?)?(?:=([0-9]{{1,4}}))?", part)
             if not match:
                 raise ValueError(f"LAYOUT={layout!r}: {part!r} is not KIND[COUNT][=BLOCK]")
@@ -242,7 +241,7 @@ def parse_layout(layout: str, kinds: str = "GSA") -> tuple[list[BlockSpec], list
                 if owner and spec not in blocks[spec.owner : spec.owner + 1]:
                     raise ValueError(f"LAYOUT={layout!r}: {part!r} reuses no earlier {kind}")
                 blocks.append(spec)
-        order += [*range(first, len(blocks))] * times
+        order += [*range(first, len(blocks))] * int(passes or 1)
     return blocks, order
 
 # --- 2. Ranks and log -----------------------------------------------------------------------------
@@ -282,7 +281,7 @@ def init_log(hp: Hyperparameters, code: list[Path]) -> None:
     for file in path, hp.artifact, hp.scores:  # now, not after training
         Path(file).parent.mkdir(parents=True, exist_ok=True)
     versions = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}\n"
-    if world.on_cuda:
+    if world.on_cuda and shutil.which("nvidia-smi"):
         versions += subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
     parts = [*(file.read_text() for file in code), versions, ""]
     path.write_text(f"\n{'=' * 100}\n".join(parts))
@@ -369,11 +368,20 @@ class TokenStream:
             start, count = start + len(piece), count - len(piece)
         return torch.cat(pieces)
 
+    def most_documents(self, span: int) -> int:
+        """That begin within `span` tokens, anywhere. Reads the whole split, shared by the ranks."""
+        piece, most = min(1 << 22, len(self)), 0
+        for start in range(world.rank * piece, len(self), world.size * piece):
+            begins = (self.read(start, piece + span) == BOS_ID).nonzero().flatten()
+            within = torch.searchsorted(begins, begins + span) - torch.arange(len(begins))
+            most = max([most, *within.tolist()])
+        return int(world.all_reduce(torch.tensor(most), dist.ReduceOp.MAX))
+
 class TrainLoader:
     """Micro-batches in stream order, one read ahead by a thread."""
     def __init__(self, stream: TokenStream, hp: Hyperparameters, position: int = 0):
         self.stream, self.seq_len = stream, hp.train_seq_len
-        self.span = hp.train_batch_tokens // (hp.micro_steps() * world.size)  # tokens a micro-batch
+        self.span = hp.micro_rows() * hp.train_seq_len  # tokens of a micro-batch
         self.position = position  # of the token at which the next micro-batch begins
         self.last_read = 0.0  # time.perf_counter() when training data was last read
         self.pool = ThreadPoolExecutor(1)
@@ -482,17 +490,18 @@ def delta_backward(ctx, do, d_state, _d_g_sum, _d_A):
 
 fla_gated_delta_rule.register_autograd(delta_backward, setup_context=save_for_delta_backward)
 
-def window_attention(q, k, v, window: int, doc=None) -> Tensor:
+def window_attention(q, k, v, window: int, doc=None, most: int | None = None) -> Tensor:
     """Causal attention inside documents: token t sees t - window + 1 .. t of its own document.
     q: [B, T, H, D]. k, v: [B, T, Hkv, D], Hkv divides H. doc: [B, T], the document's number,
-    rising; None = one document per row. Returns [B, T, H, D]."""
+    rising; None = one document per row. most: documents that all rows may have together, B * T if
+    None. Returns [B, T, H, D]."""
     assert k.shape == v.shape and q.shape[:2] == k.shape[:2] and q.shape[2] % k.shape[2] == 0
     if doc is None:
         doc = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device)
     attend = varlen_window_attention if q.is_cuda else masked_window_attention
-    return attend(q, k, v, window, doc)
+    return attend(q, k, v, window, doc, most or doc.numel())
 
-def masked_window_attention(q, k, v, window: int, doc: Tensor) -> Tensor:
+def masked_window_attention(q, k, v, window: int, doc: Tensor, most: int) -> Tensor:
     t = torch.arange(q.shape[1], device=q.device)
     near = (t[:, None] >= t) & (t[:, None] - t < window)  # [T, T]
     seen = near & (doc[:, :, None] == doc[:, None, :])  # [B, T, T]
@@ -500,14 +509,13 @@ def masked_window_attention(q, k, v, window: int, doc: Tensor) -> Tensor:
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen.unsqueeze(1), enable_gqa=True)
     return y.transpose(1, 2)
 
-def varlen_window_attention(q, k, v, window: int, doc: Tensor) -> Tensor:
-    """FlashAttention over all rows as one packed sequence, of a fixed number of documents."""
+def varlen_window_attention(q, k, v, window: int, doc: Tensor, most: int) -> Tensor:
+    """FlashAttention over all rows as one packed sequence; each place for a document that is not
+    there costs an empty thread block."""
     B, T = doc.shape
     starts = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0), value=True).flatten()
-    room = B * T // 64 + B + 64  # FineWeb's documents average over 1,000 tokens
-    torch._assert_async(starts.sum() <= room,
-                        "window_attention: documents are shorter than 64 tokens on average")
-    cu_seqlens = torch.nonzero_static(starts, size=room + 1, fill_value=B * T).flatten().int()
+    torch._assert_async(starts.sum() <= most, "window_attention: more documents than expected")
+    cu_seqlens = torch.nonzero_static(starts, size=most + 1, fill_value=B * T).flatten().int()
     y = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, cu_seqlens, T, T,
                     window_size=(window - 1 if window < T else -1, 0), enable_gqa=True)
     return y.unflatten(0, (B, T))
@@ -523,6 +531,10 @@ class Context(NamedTuple):  # what every layer knows of the tokens besides their
     same_doc: Tensor  # [B, T, 3] 1 where the token 1, 2, 3 earlier is of the same document, else 0
     cos: Tensor  # [1, T, 1, rope_dims // 2]
     sin: Tensor
+    most: int  # documents in all rows together
+
+    def last(self, n: int) -> "Context":  # of the last n tokens
+        return Context(*(x[:, -n:] for x in self[:4]), self.most)
 
 class LayerCache(NamedTuple):  # what a pass through a mixer keeps for the tokens to come
     inputs: Tensor  # [B, reach, D], the last ones
@@ -537,16 +549,18 @@ def shift(x: Tensor, n: int) -> Tensor:
     return F.pad(x, (0, 0) * (x.ndim - 2) + (n, 0))[:, : x.shape[1]]
 
 def tail(x: Tensor, n: int) -> Tensor:
-    """The last n of dim 1, without gradient; laid out the same each time, for one graph."""
-    return x[:, x.shape[1] - n :].detach().contiguous()
+    """The last n of dim 1, without gradient; of the same strides each time, for one graph."""
+    return x[:, x.shape[1] - n :].detach().clone(memory_format=torch.contiguous_format)
 
-def make_context(ids: Tensor, rope_dims: int, rope_base: float, dtype: torch.dtype) -> Context:
+def make_context(ids: Tensor, hp: Hyperparameters, most: int | None = None) -> Context:
     """ids: [B, T]; -1 = no token."""
     doc = torch.where(ids < 0, 0, (ids == BOS_ID).long().cumsum(1) + 1)
-    same_doc = torch.stack([(shift(doc, n) == doc).to(dtype) for n in (1, 2, 3)], -1)
-    frequencies = rope_base ** -torch.linspace(0, 1, rope_dims // 2 + 1, device=ids.device)[:-1]
-    angles = torch.arange(ids.shape[1], device=ids.device)[None, :, None, None] * frequencies
-    return Context(doc, same_doc, angles.cos().to(dtype), angles.sin().to(dtype))
+    same_doc = torch.stack([(shift(doc, n) == doc).to(world.dtype) for n in (1, 2, 3)], -1)
+    exponents = torch.linspace(0, 1, hp.rope_dims // 2 + 1, device=ids.device)[:-1]
+    angles = torch.arange(ids.shape[1], device=ids.device)[None, :, None, None]
+    angles = angles * hp.rope_base**-exponents
+    cos, sin = angles.cos().to(world.dtype), angles.sin().to(world.dtype)
+    return Context(doc, same_doc, cos, sin, most or ids.numel())
 
 def norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight if weight is None else weight.to(x.dtype), eps=1e-5)
@@ -559,11 +573,18 @@ def rotary(x: Tensor, ctx: Context) -> Tensor:
 
 def short_conv(x: Tensor, weight: Tensor, ctx: Context) -> Tensor:
     """Causal and depthwise, then SiLU. x: [B, T, n]; weight: [n, 4], last the token itself."""
-    taps = weight.to(x.dtype).unbind(-1)
-    y = x * taps[3]
-    for n in (1, 2, 3):
-        y = torch.addcmul(y, shift(x, n) * ctx.same_doc[..., n - 1 : n], taps[3 - n])
-    return F.silu(y)
+    def convolve(x: Tensor, weight: Tensor, same_doc: Tensor) -> Tensor:
+        taps = weight.to(x.dtype).unbind(-1)
+        y = x * taps[3]
+        for n in (1, 2, 3):
+            y = torch.addcmul(y, shift(x, n) * same_doc[..., n - 1 : n], taps[3 - n])
+        return F.silu(y)
+
+    if not x.is_cuda:
+        return convolve(x, weight, ctx.same_doc)
+    # computed again in the backward: else nine shifted copies of x are written, kept and read
+    return checkpoint(convolve, x, weight, ctx.same_doc, use_reentrant=False,
+                      preserve_rng_state=False)
 
 class Linear(nn.Linear):
     """No bias; the float32 master weight is cast to the input's dtype."""
@@ -578,6 +599,13 @@ class Linear(nn.Linear):
             assert len(A) == len(B) == len(x)  # one would be broadcast over all rows
             y = y + scale * (x @ A.to(x.dtype).mT) @ B.to(x.dtype).mT
         return y
+
+def products(x: Tensor, *linears: Linear) -> list[Tensor]:
+    """x through each; compiled, and without adapters, as one product: x is read once."""
+    if not torch.compiler.is_compiling() or any(linear.lora for linear in linears):
+        return [linear(x) for linear in linears]  # where collect_hessians sees each
+    weight = torch.cat([linear.weight for linear in linears]).to(x.dtype)
+    return F.linear(x, weight).split([len(linear.weight) for linear in linears], -1)
 
 class GatedDeltaNet(nn.Module):
     """arXiv:2412.06464, with the names of fla.layers.GatedDeltaNet (expand_v = 1)."""
@@ -598,19 +626,19 @@ class GatedDeltaNet(nn.Module):
         """A mixer reads seen: [B, T or reach + T, D], the inputs of T tokens and, with a cache, of
         the `reach` before them, ctx of all of these, and the state of state_shape before the T
         tokens. Returns [B, T, D] and the state after them. It must not look across documents."""
-        def project(proj: Linear, conv: Tensor) -> Tensor:
-            return short_conv(proj(seen), conv, ctx)[:, -T:].unflatten(-1, (-1, self.head_dim))
+        def heads(x: Tensor) -> Tensor:
+            return x[:, -T:].unflatten(-1, (-1, self.head_dim))  # [B, T, H, K]
 
-        q = F.normalize(project(self.q_proj, self.q_conv1d), dim=-1)  # [B, T, H, K]
-        k = F.normalize(project(self.k_proj, self.k_conv1d), dim=-1)
-        v = project(self.v_proj, self.v_conv1d)
-        x = seen[:, -T:]
-        g = -self.A_log.exp() * F.softplus(self.a_proj(x).float() + self.dt_bias)  # [B, T, H]
+        q, k, v, gate, a, b = products(seen, self.q_proj, self.k_proj, self.v_proj, self.g_proj,
+                                       self.a_proj, self.b_proj)
+        q = F.normalize(heads(short_conv(q, self.q_conv1d, ctx)), dim=-1)
+        k = F.normalize(heads(short_conv(k, self.k_conv1d, ctx)), dim=-1)
+        v = heads(short_conv(v, self.v_conv1d, ctx))
+        g = -self.A_log.exp() * F.softplus(a[:, -T:].float() + self.dt_bias)  # [B, T, H]
         g = g.masked_fill(ctx.same_doc[:, -T:, :1] == 0, RESET_LOG_DECAY)
-        beta = self.b_proj(x).float().sigmoid()
+        beta = b[:, -T:].float().sigmoid()
         o, state = gated_delta_rule(q, k, v, g, beta, state)
-        gate = F.silu(self.g_proj(x)).unflatten(-1, (-1, self.head_dim))
-        return self.o_proj((norm(o, self.o_norm) * gate).flatten(2)), state
+        return self.o_proj((norm(o, self.o_norm) * F.silu(heads(gate))).flatten(2)), state
 
 class Attention(nn.Module):
     """Full or in a window: grouped queries, partial rotary, QK norm with one gain per head (#1394),
@@ -633,7 +661,7 @@ class Attention(nn.Module):
         q, k, v = (proj(seen).unflatten(-1, (-1, self.head_dim))  # [B, T or reach + T, heads, D]
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q = rotary(norm(q), ctx) * self.q_gain.to(q.dtype)[:, None]
-        y = window_attention(q, rotary(norm(k), ctx), v, self.window, ctx.doc)
+        y = window_attention(q, rotary(norm(k), ctx), v, self.window, ctx.doc, ctx.most)
         y, v = y[:, -T:], v[:, -T:]
         if self.xsa:
             own = F.normalize(v, dim=-1).unsqueeze(3)  # [B, T, Hkv, 1, D]
@@ -658,8 +686,7 @@ class Block(nn.Module):
         seen, state = self.norm_scale * norm(x), None
         if cache is not None:
             seen, state = torch.cat((cache.inputs, seen), 1), cache.state
-        ctx = Context(*(c[:, -seen.shape[1] :] for c in ctx))
-        y, state = self.mixer(seen, x.shape[1], ctx, state)
+        y, state = self.mixer(seen, x.shape[1], ctx.last(seen.shape[1]), state)
         if cache is not None:
             state = None if state is None else state.detach()
             cache = LayerCache(tail(seen, self.mixer.reach), state)
@@ -706,9 +733,11 @@ class GPT(nn.Module):
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         self.hp = hp
+        self.most_documents = {}  # in all rows together, by a forward's shape [rows, tokens]
         self.build(hp)
         self.kinds = self.init_weights()  # MATRIX, EMBED or SCALAR of each parameter, by name
         if world.on_cuda:
+            torch._dynamo.config.recompile_limit = 64  # a graph for each shape, with adapters, ...
             self.compile(fullgraph=True, dynamic=False)
 
     def build(self, hp: Hyperparameters) -> None:
@@ -773,9 +802,9 @@ class GPT(nn.Module):
         """input_ids, targets: [B, T] int64. Returns logits: [B, T, V] float32 or, with targets,
         -ln p of each: [B, T] float32; with the cache of the tokens before, this and a new one."""
         assert cache is None or len(cache.layers) == len(self.order)
-        T = input_ids.shape[1]
+        B, T = input_ids.shape
         ids = input_ids if cache is None else torch.cat((cache.ids, input_ids), 1)  # [B, reach + T]
-        ctx = make_context(ids, self.hp.rope_dims, self.hp.rope_base, world.dtype)
+        ctx = make_context(ids, self.hp, self.most_documents.get((B, T)))
         x = x0 = self.embed(ids.clamp(min=0), ctx)[:, -T:]  # [B, T, D]
         streams, layers = [], []
         for step, i in enumerate(self.order):
@@ -948,7 +977,10 @@ def gptq_quantize(W: Tensor, H: Tensor, bits: int, clip_sigmas: float) -> tuple[
     W[:, dead] = 0.0
     order = H.diagonal().argsort(descending=True)
     W, H = W[:, order], H[order][:, order]
-    H.diagonal().add_(PERCDAMP * H.diagonal().mean())
+    damp = PERCDAMP * H.diagonal().mean()
+    H.diagonal().add_(damp)
+    while torch.linalg.cholesky_ex(H).info > 0 and damp < math.inf:
+        H.diagonal().add_(damp := 10 * damp)
     Hinv = torch.cholesky_inverse(torch.linalg.cholesky(H))
     Hinv = torch.linalg.cholesky(Hinv, upper=True)
     Q = torch.empty_like(W)
@@ -958,32 +990,12 @@ def gptq_quantize(W: Tensor, H: Tensor, bits: int, clip_sigmas: float) -> tuple[
         W[:, j + 1 :] -= torch.outer(err, Hinv[j, j + 1 :])
     return Q[:, order.argsort()].to(torch.int8), scale
 
-def dequantize(q: Tensor, scale: Tensor) -> Tensor:
-    return q.float() * scale.float().unsqueeze(1)
-
 @torch.no_grad()
 def quantize(model: GPT, hessians: dict[str, Tensor] | None = None) -> dict:
     """(q, scale) of every matrix and embedding, by name; without Hessians by rounding."""
-    weights = {name: p for name, p in model.named_parameters() if model.kinds[name] != SCALAR}
-    if hessians is None:
-        return {name: round_to_nearest(W, *model.precision(name)) for name, W in weights.items()}
-    return {name: gptq_quantize(W, hessians[name], *model.precision(name))
-            for name, W in weights.items()}
-
-@torch.no_grad()
-def output_errors(model: GPT, quantized: dict, hessians: dict[str, Tensor]) -> dict[str, float]:
-    """Squared error of each tensor's outputs on the inputs that its Hessian was collected from."""
-    params = dict(model.named_parameters())
-    errors = {name: params[name] - dequantize(*quantized[name]) for name in hessians}
-    return {name: (E @ hessians[name] * E).sum().item() for name, E in errors.items()}
-
-@torch.no_grad()
-def dequantized(model: GPT, quantized: dict) -> GPT:
-    """A copy of the model with the weights that the artifact will hold."""
-    copied = copy.deepcopy(model)
-    for name, p in copied.named_parameters():
-        p.copy_(dequantize(*quantized[name]) if name in quantized else p.half())
-    return copied
+    return {name: round_to_nearest(W, *model.precision(name)) if hessians is None
+            else gptq_quantize(W, hessians[name], *model.precision(name))
+            for name, W in model.named_parameters() if model.kinds[name] != SCALAR}
 
 # --- 9. Packing -----------------------------------------------------------------------------------
 # ARTIFACT_MAGIC, sha256 of what follows, and compressed: length of a JSON text, this text (system
@@ -1012,10 +1024,8 @@ def load_artifact(path, device, hp_class=Hyperparameters, model_class=GPT):
     Raises: FileNotFoundError, or ValueError naming the file and what is wrong with it."""
     raw = Path(path).read_bytes()
     magic, digest, data = raw[:8], raw[8:40], raw[40:]
-    if magic != ARTIFACT_MAGIC:
-        raise ValueError(f"{path}: not an artifact (no {ARTIFACT_MAGIC!r} at its start)")
-    if hashlib.sha256(data).digest() != digest:
-        raise ValueError(f"{path}: damaged: {len(data)} bytes with another sha256 than it says")
+    if magic != ARTIFACT_MAGIC or hashlib.sha256(data).digest() != digest:
+        raise ValueError(f"{path}: no artifact, or damaged: {magic!r}, {len(raw)} bytes")
     try:
         body = brotli.Decompressor().process(data, output_buffer_limit=MAX_BODY_BYTES)
         end = 4 + int.from_bytes(body[:4], "little")
@@ -1024,22 +1034,21 @@ def load_artifact(path, device, hp_class=Hyperparameters, model_class=GPT):
             raise ValueError(f"its system is {head['system']}, not {hp_class.system}")
         hp = hp_class(**head["config"])
         hp.validate()
-        with torch.device("meta"):  # nothing is allocated before the description fits the file
-            model = model_class(hp)
-        params = {name: p.shape for name, p in model.named_parameters()}
+        model = model_class(hp)
+        params = dict(model.named_parameters())
         is_int = {name: model.kinds[name] != SCALAR for name in params}
-        ints = [shape.numel() for name, shape in params.items() if is_int[name]]
-        halves = [shape[0] if is_int[name] else shape.numel() for name, shape in params.items()]
+        ints = [p.numel() for name, p in params.items() if is_int[name]]
+        halves = [len(p) if is_int[name] else p.numel() for name, p in params.items()]
         if head.keys() != {"system", "config"} or len(values) != sum(ints) + 2 * sum(halves):
             raise ValueError("its values are not those of the model it describes")
     except Exception as error:  # of whatever library
         raise ValueError(f"{path}: damaged, or of another program: {error}") from None
-    model = model_class(hp)
     q = iter(torch.frombuffer(values, dtype=torch.int8, count=sum(ints)).split(ints))
     h = torch.frombuffer(values, dtype=torch.float16, offset=sum(ints)).split(halves)
     with torch.no_grad():
-        for (name, p), half in zip(model.named_parameters(), h, strict=True):
-            p.copy_(dequantize(next(q).view(p.shape), half) if is_int[name] else half.view(p.shape))
+        for (name, p), half in zip(params.items(), h, strict=True):
+            value = next(q).view(p.shape) * half.float()[:, None] if is_int[name] else half
+            p.copy_(value.view(p.shape))
     return model.to(device), hp
 
 # --- 10. Scoring ----------------------------------------------------------------------------------
@@ -1074,43 +1083,61 @@ def final_plan(tokens: Tensor, hp: Hyperparameters) -> Plan:
     streams = hp.eval_mode == "stream"
     return stream_plan(tokens, hp) if streams else window_plan(tokens, hp, hp.eval_stride)
 
-def assign_rows(units: list[list[Reading]], count: int) -> list[list[Reading]]:
-    """The readings of each of `count` rows: a unit goes to the row that has least to read."""
-    rows = [[] for _ in range(count)]
-    shortest = [(0, i) for i in range(count)]  # a heap
-    for unit in units:
+def steps_of(plan: Plan, device) -> Tensor:
+    """Start, end and first of what each row reads in each step: [steps, ranks, rows, 3]. A unit
+    goes to the row that has least to read."""
+    rows = [[] for _ in range(world.size * plan.rows)]
+    shortest = [(0, i) for i in range(len(rows))]  # a heap
+    for unit in plan.units:
         length, i = shortest[0]
         rows[i] += unit
         heapq.heapreplace(shortest, (length + len(unit), i))
-    return rows
+    steps = [*itertools.zip_longest(*rows, fillvalue=Reading(0, 0, 0))]
+    return torch.tensor(steps, device=device).unflatten(1, (world.size, plan.rows))
+
+def expect_documents(model: GPT, tokens: Tensor, plan: Plan) -> None:
+    """Tells the model how many documents a forward of `score` has at most. Doubled: a part of the
+    text, read by itself, shall have the same room, and with it the same graph."""
+    starts = steps_of(plan, tokens.device)[..., 0]
+    ring = torch.cat((tokens[:-1], tokens[: plan.length]))
+    before = F.pad((ring == BOS_ID).cumsum(0), (1, 0))
+    begin = before[starts + plan.length] - before[starts]  # [steps, ranks, rows]
+    if plan.cached:  # of the last n steps, which a forward may see
+        n = 1 + math.ceil(model.reach / plan.length)
+        sums = F.pad(begin.cumsum(0), (0, 0, 0, 0, n, 0))
+        begin = sums[n:] - sums[:-n]
+    # besides, a row begins inside a document; before this a cache has no token at all
+    most = 2 * begin.sum(2).max().item() + plan.rows * (1 + plan.cached)
+    most = max(most, model.most_documents.get((plan.rows, plan.length), 0))
+    model.most_documents[plan.rows, plan.length] = most
 
 def score(model: GPT, tokens: Tensor, plan: Plan, learner=None) -> tuple[Tensor, Tensor]:
     """tokens: int64 [N]. Returns for all ranks -ln p of every target tokens[1:] that the plan has,
     float64 [N - 1], else 0, and how often each was scored, int32 [N - 1].
     learner: a LoraTTT, told of every step. Raises: FloatingPointError if a score is not finite."""
     n, device = len(tokens) - 1, tokens.device
-    nats = torch.zeros(n, dtype=torch.float64, device=device)
-    count = torch.zeros(n, dtype=torch.int32, device=device)
-    rows = assign_rows(plan.units, world.size * plan.rows)
-    steps = [*itertools.zip_longest(*rows, fillvalue=Reading(0, 0, 0))]
-    steps = torch.tensor(steps, device=device).unflatten(1, (world.size, -1))[:, world.rank]
+    nats = torch.zeros(n + 1, dtype=torch.float64, device=device)  # place n: what is not scored
+    count = torch.zeros(n + 1, dtype=torch.int32, device=device)
+    steps = steps_of(plan, device)[:, world.rank]  # [steps, rows, 3]
     places = torch.arange(plan.length, device=device)
+    expect_documents(model, tokens, plan)
     cache = model.new_cache(plan.rows) if plan.cached else None
     for number, step in enumerate(steps, 1):
         start, end, first = step.unsqueeze(-1).unbind(1)  # [rows, 1] each
         index = start + places  # [rows, length], of targets
-        scored, here = (index >= first) & (index < end), index.clamp(max=n - 1)
+        scored, here = (index >= first) & (index < end), index % n  # the rest is not scored
         with torch.set_grad_enabled(learner is not None):
             out = model(tokens[here], tokens[here + 1], cache)
         out, cache = out if plan.cached else (out, None)
-        nats[index[scored]] = out.detach()[scored].double()
-        count.index_add_(0, index[scored], torch.ones_like(index[scored], dtype=torch.int32))
+        place = torch.where(scored, index, n).flatten()  # no index of booleans: the CPU would wait
+        nats[place] = out.detach().flatten().double()
+        count.index_add_(0, place, torch.ones_like(place, dtype=torch.int32))
         if learner:
             learner.after_step(step, out, scored, number / len(steps))
-    world.all_reduce(nats)  # every target is zero on all ranks but one: the sum is exact
+    nats, count = world.all_reduce(nats[:n]), world.all_reduce(count[:n])  # exact: others are zero
     if not nats.isfinite().all():
         raise FloatingPointError(f"{(~nats.isfinite()).sum()} of {n} scores are not finite")
-    return nats, world.all_reduce(count)
+    return nats, count
 
 class Validation:
     """The validation split, its documents and their bytes."""
@@ -1171,10 +1198,11 @@ class TestTimeTraining:
 
     def in_time(self, share: float) -> bool:
         """True if the slowest rank, after one more update, would be within `share` of 95 % of
-        EVAL_SECONDS; share: the fraction of the pass completed. Every rank must ask."""
+        EVAL_SECONDS; share: the fraction of the pass completed. Every rank must ask. None waits for
+        its GPU, whose queue is short against the other 5 %."""
         self.now = time.perf_counter()
         spent = torch.tensor(self.now - self.start + self.longest, dtype=torch.double)
-        spent = world.all_reduce(spent.to(world.device), dist.ReduceOp.MAX).item()
+        spent = world.all_reduce(spent, dist.ReduceOp.MAX).item()
         return spent <= 0.95 * (self.hp.eval_seconds or math.inf) * share
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
@@ -1192,7 +1220,7 @@ class LoraTTT(TestTimeTraining):
         self.tokens, self.adapters = tokens, self.adapters or self.new_adapters(plan.rows)
         learned = [p for A, B, _ in self.adapters.values() for p in (A, B)]
         self.adamw = torch.optim.AdamW(learned, self.hp.ttt_lora_lr, betas=(0.0, 0.99), eps=1e-10,
-                                       weight_decay=self.hp.ttt_lora_wd)
+                                       weight_decay=self.hp.ttt_lora_wd, fused=world.on_cuda)
         self.attach(True)
         result = score(self.model, tokens, plan, self)
         self.attach(False)
@@ -1221,9 +1249,9 @@ class LoraTTT(TestTimeTraining):
             means = (nats * scored).sum(1) / scored.sum(1).clamp(min=1)  # [rows]
             means.sum().backward()
             self.update(self.adamw)
-        goes_on = self.tokens[step[:, 1]] != BOS_ID  # [rows]
+        goes_on = (self.tokens[step[:, 1]] != BOS_ID).float()[:, None, None]  # [rows, 1, 1]
         for _, B, _ in self.adapters.values():
-            B.data.mul_(goes_on[:, None, None])
+            B.data.mul_(goes_on)
 
 # --- 12. Training ---------------------------------------------------------------------------------
 class Audit:
@@ -1249,17 +1277,15 @@ def fingerprint(model: GPT) -> str:
 def warm_up(hp: Hyperparameters, model: GPT) -> None:
     """Compiles all of training on random tokens, outside the clock, then puts the weights back."""
     saved, optimizer = copy.deepcopy(model.state_dict()), Muon(model, hp)  # both thrown away
-    rows = hp.train_batch_tokens // (hp.micro_steps() * world.size * hp.train_seq_len)
-    shape = rows, hp.train_seq_len
+    shape = 2, hp.micro_rows(), hp.train_seq_len
+    x, y = torch.randint(BOS_ID + 1, hp.vocab_size, shape, device=world.device)  # no documents
     for progress in hp.stage_starts():
         model.set_progress(progress)
         for step in range(1, hp.warmup_steps + 1):
-            size = hp.micro_steps_at(progress), 2, *shape
-            ids = torch.randint(hp.vocab_size, size, device=world.device)
-            accumulate(model, [(x, y) for x, y in ids])
+            accumulate(model, [(x, y)] * hp.micro_steps_at(progress))
             optimizer.step(1.0, hp.muon_momentum)
             log.info(f"warmup_step:{step}/{hp.warmup_steps} progress:{progress:g}")
-    collect_hessians(model, [(torch.randint(hp.vocab_size, shape, device=world.device), None)])
+    collect_hessians(model, [(x, y)])
     model.load_state_dict(saved)
     model.set_progress(1.0)
 
@@ -1270,14 +1296,17 @@ def train(hp, model: GPT, stream: TokenStream, validation: Validation, audit: Au
     """Leaves the averaged weights in the model. Returns the Hessians and a dict of figures."""
     log.info(f"train_loader:dataset:{Path(hp.data_path).name} train_shards:{len(stream.paths)} "
              f"tokens:{len(stream)} grad_accum_steps:{hp.micro_steps()}")
+    rows, T = hp.micro_rows(), hp.train_seq_len
+    model.most_documents[rows, T] = rows + stream.most_documents(rows * T)
+    blocks = window_plan(validation.tokens, hp, hp.eval_seq_len)
+    expect_documents(model, validation.tokens, blocks)
     untrained = fingerprint(model)
     warm_up(hp, model)
     audit.check("warm_up", fingerprint(model) == untrained, weights=untrained)
     optimizer = Muon(model, hp)
     params = [p.detach() for p in model.parameters()]
     average = [p.clone() for p in params]  # exponential moving average, float32
-    blocks = window_plan(validation.tokens, hp, hp.eval_seq_len)
-    step, tokens, decay = 0, 0, 0.0
+    step, tokens = 0, 0
     log.info(f"gptq:reserving {hp.gptq_reserve_seconds:g}s, effective={hp.train_seconds():g}s")
     recent = collections.deque(maxlen=10)  # seconds of the last steps: the next must fit as well
     start = time.perf_counter()  # moved forward by what does not count
@@ -1285,7 +1314,7 @@ def train(hp, model: GPT, stream: TokenStream, validation: Validation, audit: Au
     while True:
         # of the slowest rank, or ranks would stop, and anneal, at different steps
         times = torch.tensor([time.perf_counter() - start, max(recent, default=0.0)],
-                             dtype=torch.double, device=world.device)
+                             dtype=torch.double)
         seconds, longest = world.all_reduce(times, dist.ReduceOp.MAX).tolist()
         progress = hp.progress(step, seconds)
         model.set_progress(progress)
@@ -1302,10 +1331,9 @@ def train(hp, model: GPT, stream: TokenStream, validation: Validation, audit: Au
         tokens += len(batch) * world.size * loader.span
         loss = accumulate(model, batch)
         grad_norm = optimizer.step(hp.lr_multiplier(progress), hp.momentum_at(progress))
-        decay = hp.ema_decay_at(progress, step)
-        torch._foreach_lerp_(average, params, 1 - decay)
+        torch._foreach_lerp_(average, params, 1 - hp.ema_decay_at(progress, step))
         step += 1
-        loss = world.all_reduce(loss).item() / world.size  # in sync with the GPU
+        loss = world.all_reduce(loss).item() / world.size  # waits for the GPU
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             raise FloatingPointError(f"step {step}: train_loss {loss}, gradient norm {grad_norm}")
         now = time.perf_counter() - start
@@ -1315,7 +1343,6 @@ def train(hp, model: GPT, stream: TokenStream, validation: Validation, audit: Au
     if out_of_time:
         log.info(f"stopping_early: wallclock_cap {timing_of(step, seconds)} step:{step}")
 
-    raw_weights = [p.clone() for p in params]
     torch._foreach_copy_(params, average)
     model.set_progress(1.0)
     batches = [loader.next() for _ in range(hp.gptq_calibration_batches * hp.micro_steps())]
@@ -1328,31 +1355,20 @@ def train(hp, model: GPT, stream: TokenStream, validation: Validation, audit: Au
                  f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB")
     total, last_read = time.perf_counter() - start, loader.last_read - start
     log.info(f"train+hessians:{1000 * total:.0f}ms last_read:{1000 * last_read:.0f}ms")
-    # the learning rate came down to where the schedule is two steps before its end, or 0.05 above
-    lr, due = optimizer.lr_multiplier, hp.lr_multiplier(1 - 2 / max(step, 1))
-    annealed = lr <= due + 0.05
-    audit.check("schedule", annealed and tokens == loader.position, lr_multiplier_at_stop=lr,
-                tokens_read=loader.position, of_them_needed=tokens)
-    moved = torch._foreach_norm(torch._foreach_sub(params, raw_weights))
-    distance = torch.stack(moved).norm().item()
-    audit.check("ema", (distance > 0) == (decay > 0), distance=distance)
     # a weight multiplied by one that starts at zero gets its first gradient in the second step
     never_reached = len(params) - optimizer.reached()
     audit.check("gradients", never_reached == 0 or step < 2, never_reached=never_reached)
-    return hessians, dict(step_stop=step, raw_val_bpb=raw["val_bpb"],
-                          wallclock_seconds=round(total, 3), last_read_seconds=round(last_read, 3))
+    return hessians, dict(step_stop=step, raw_val_bpb=raw["val_bpb"], tokens_needed=tokens,
+                          tokens_read=loader.position, wallclock_seconds=round(total, 3),
+                          lr_multiplier_at_stop=optimizer.lr_multiplier,
+                          last_read_seconds=round(last_read, 3))
 
 # --- 13. Main -------------------------------------------------------------------------------------
 SIZE_LIMIT = 16_000_000  # bytes, decimal: artifact and code
 SAMPLE_TOKENS = 16_384
 
 def check_inputs(audit: Audit, hp: Hyperparameters, validation: Validation, stream) -> None:
-    """All files of the folder are used, to their ends; bytes are those of the decoded text."""
-    files = {split: sorted(Path(hp.data_path).glob(f"fineweb_{split}_[0-9]*.bin"))
-             for split in ("train", "val")}
-    text = b"".join(path.read_bytes()[HEADER_BYTES:] for path in files["val"])
-    same = text == validation.tokens.cpu().numpy().astype("<u2").tobytes()
-    audit.check("text", same, sha256=hashlib.sha256(text).hexdigest())
+    """Bytes are those of the decoded text, and training has all shards of the folder."""
     per_token = F.pad(validation.target_bytes, (1, 0)).cpu().numpy()  # of the first BOS: 0
     wrong = np.add.reduceat(per_token, validation.starts) != validation.text_bytes
     decoded, documents = int(validation.text_bytes.sum()), len(wrong)
@@ -1360,31 +1376,24 @@ def check_inputs(audit: Audit, hp: Hyperparameters, validation: Validation, stre
     audit.check("bytes", not wrong.any() and decoded == validation.bytes and not other,
                 table=validation.bytes, decoded=decoded, wrong_documents=int(wrong.sum()))
     if stream is not None:
-        tokens = sum(path.stat().st_size - HEADER_BYTES for path in files["train"]) // 2
+        files = sorted(Path(hp.data_path).glob("fineweb_train_[0-9]*.bin"))
+        tokens = sum(path.stat().st_size - HEADER_BYTES for path in files) // 2
         audit.check("shards", tokens == len(stream), shards=len(stream.shards), tokens=len(stream))
 
-def pack(hp, model: GPT, validation: Validation, hessians: dict, audit: Audit):
-    """Writes the artifact. Returns rank 0's fingerprint of what is in it, and pre_quant_val_bpb."""
-    shipped, quantized = None, quantize(model, hessians)
+def pack(hp, model: GPT, validation: Validation, hessians: dict) -> dict:
+    """Writes the artifact. Returns pre_quant_val_bpb, of the weights before."""
+    quantized = quantize(model, hessians)
     if world.rank == 0:  # the quantization of other ranks may differ in the last bit
         save_artifact(hp.artifact, model, hp, quantized)
-        shipped = fingerprint(dequantized(model, quantized))
-    ours = output_errors(model, quantized, hessians)
-    nearest = output_errors(model, quantize(model), hessians)
-    # with nearly uncorrelated inputs GPTQ is rounding to nearest
-    no_better = [name for name, H in hessians.items() if ours[name] >= nearest[name]
-                 and H.norm() > 1.1 * H.diagonal().norm()]
-    audit.check("gptq", ours.keys() == quantized.keys() and not no_better, tensors=len(quantized),
-                hessians=len(ours), no_better=no_better,
-                output_error_over_rounding=sum(ours.values()) / sum(nearest.values()))
     plan = window_plan(validation.tokens, hp, hp.eval_seq_len)
     ema = validate(model, validation, plan, "diagnostic pre-quantization post-ema")
-    return shipped, dict(pre_quant_val_bpb=ema["val_bpb"])
+    return dict(pre_quant_val_bpb=ema["val_bpb"])
 
-def evaluate(hp, model_class, validation: Validation, audit: Audit, shipped=None) -> dict:
+def evaluate(hp, model_class, validation: Validation, audit: Audit) -> dict:
     """Scores the artifact as it lies on disk. Returns val_loss, val_bpb, eval_time_seconds."""
     model, saved = load_artifact(hp.artifact, world.device, type(hp), model_class)
     weights, tokens = fingerprint(model), validation.tokens
+    expect_documents(model, tokens, final_plan(tokens, hp))
     learner = model.learner(replace(hp, eval_seconds=0.0))
     length = learner.warm_up_tokens() if learner else hp.eval_seq_len + 2
     noise = torch.randint(hp.vocab_size, (length,), device=world.device)
@@ -1405,10 +1414,7 @@ def evaluate(hp, model_class, validation: Validation, audit: Audit, shipped=None
     audit.check("once", len(count) == targets and (count == 1).all(), targets=targets,
                 scored=count.sum().item())
     fresh = fingerprint(load_artifact(hp.artifact, world.device, type(hp), model_class)[0])
-    audit.check("ledger", weights == after == fresh and shipped in (None, weights),
-                artifact=weights, packed=shipped, after_the_pass=after)
-    implied = final["val_loss"] / math.log(2) * targets / final["val_bpb"]
-    audit.check("identity", abs(implied - validation.text_bytes.sum()) < 1, implied_bytes=implied)
+    audit.check("ledger", weights == after == fresh, artifact=weights, after_the_pass=after)
     return dict(val_bpb=final["val_bpb"], val_loss=final["val_loss"],
                 eval_time_seconds=round(final["seconds"], 3))
 
@@ -1416,17 +1422,16 @@ def write_scores(hp, model: GPT, validation: Validation, nats: Tensor) -> None:
     """SCORES, and a sample for tools/verify.py: documents as scored, and without learning."""
     ends = [*validation.starts[1:], len(validation.tokens)]
     n = int(max([end for end in ends if end <= SAMPLE_TOKENS], default=ends[0]))
-    tokens, unlearned = validation.tokens[:n], nats[: n - 1]
-    if hp.ttt:
-        unlearned, _ = score(model, tokens, final_plan(tokens, hp))
+    tokens = validation.tokens[:n]
+    unlearned = score(model, tokens, final_plan(tokens, hp))[0] if hp.ttt else nats[: n - 1]
     if world.rank == 0:
         scores = dict(nats=nats.cpu().numpy(), bytes=validation.target_bytes.cpu().numpy(),
                       position=np.arange(1, len(nats) + 1))
         if hp.scores:
             np.savez(hp.scores, **scores)
-        sample = {name: values[: n - 1] for name, values in scores.items()}
-        sample |= dict(unlearned=unlearned.cpu().numpy(), device=world.device.type)
-        np.savez(Path(hp.artifact).with_suffix(".sample.npz"), **sample)
+        scores = {name: values[: n - 1] for name, values in scores.items()}
+        np.savez(Path(hp.artifact).with_suffix(".sample.npz"), **scores,
+                 unlearned=unlearned.cpu().numpy(), device=world.device.type)
 
 def check_limits(audit: Audit, hp: Hyperparameters, code: list[Path], figures: dict) -> dict:
     """Bytes on disk and seconds. Returns the bytes."""
@@ -1441,14 +1446,25 @@ def check_limits(audit: Audit, hp: Hyperparameters, code: list[Path], figures: d
     audit.check("time", in_time, **used)
     return sizes
 
+def finish(hp, model_class, validation: Validation, code, audit: Audit, figures: dict) -> None:
+    """Scores the artifact and logs all figures. Raises: RuntimeError if a check has failed."""
+    figures |= evaluate(hp, model_class, validation, audit)
+    figures |= check_limits(audit, hp, code, figures)
+    device = torch.cuda.get_device_name() if world.on_cuda else "CPU"
+    run = {name: getattr(hp, name) for name in "run_id system preset layout seed data_path".split()}
+    run |= dict(hardware=f"{world.size}x{device}", pytorch_version=torch.__version__,
+                documents=len(validation.starts), bytes=validation.bytes,
+                official=validation.is_official)
+    log.info(f"figures: {json.dumps(run | figures | dict(checks=audit.checks))}")
+    audit.verdict()
+
 def main(hp_class=Hyperparameters, model_class=GPT, validation_class=Validation) -> None:
     """The whole run; systems/NAME.py calls it with classes of its own."""
     audit, code, hp = Audit(), code_files(), hp_class.from_env(os.environ)
-    torch._dynamo.config.recompile_limit = 64  # a graph for each shape, with cache, adapters, ...
     if world.on_cuda:
         torch.cuda.set_device(world.device)
     if world.size > 1:
-        dist.init_process_group("nccl" if world.on_cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if world.on_cuda else "gloo")
     init_log(hp, code)
     torch.manual_seed(hp.seed)
     stream = None
@@ -1466,22 +1482,17 @@ def main(hp_class=Hyperparameters, model_class=GPT, validation_class=Validation)
              f"documents:{len(validation.starts)} bytes:{validation.bytes} "
              f"official:{validation.is_official}")
     check_inputs(audit, hp, validation, stream)
-    figures, shipped = {}, None
+    figures = {}
     if stream is not None:
         audit.verdict()  # before ten minutes are spent; what is only scored is scored first
         log.info(f"model_params:{sum(p.numel() for p in model.parameters())}")
         hessians, figures = train(hp, model, stream, validation, audit)
-        shipped, packed = pack(hp, model, validation, hessians, audit)
-        figures |= packed
-    figures |= evaluate(hp, model_class, validation, audit, shipped)
-    figures |= check_limits(audit, hp, code, figures)
-    device = torch.cuda.get_device_name() if world.on_cuda else "CPU"
-    run = {name: getattr(hp, name) for name in "run_id system preset layout seed data_path".split()}
-    run |= dict(hardware=f"{world.size}x{device}", pytorch_version=torch.__version__,
-                documents=len(validation.starts), bytes=validation.bytes,
-                official=validation.is_official)
-    log.info(f"figures: {json.dumps(run | figures | dict(checks=audit.checks))}")
-    audit.verdict()
+        if world.rank == 0:  # if packing fails, tools/repack.py goes on from here
+            torch.save(dict(system=hp.system, config=asdict(hp), hessians=hessians,
+                            weights=dict(model.named_parameters()), figures=figures,
+                            checks=audit.checks), f"{hp.artifact}.trained.pt")
+        figures |= pack(hp, model, validation, hessians)
+    finish(hp, model_class, validation, code, audit, figures)
     if world.size > 1:
         dist.destroy_process_group()
 

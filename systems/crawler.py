@@ -5,9 +5,11 @@ loops is kept in 8 bits, calibrated once more behind the other blocks as they wi
     torchrun --standalone --nproc_per_node=8 systems/crawler.py
 """
 
+import copy
 from dataclasses import dataclass
 
 import parts
+import torch
 from torch import Tensor, nn
 
 import train_gpt
@@ -88,12 +90,22 @@ class GPT(parts.NgramGPT, parts.UNet):
         bits, clip_sigmas = super().precision(name)
         return self.hp.loop_bits if name.startswith(self.looped_names) else bits, clip_sigmas
 
+    @torch.no_grad()
+    def with_weights_of(self, quantized: dict) -> "GPT":
+        """A copy: what is quantized as the artifact will have it."""
+        model = copy.deepcopy(self)
+        for name, p in model.named_parameters():
+            if name in quantized:
+                q, scale = quantized[name]
+                p.copy_(q * scale.float()[:, None])
+        return model
+
     def calibrate(self, batches: list) -> dict[str, Tensor]:
         """The Hessians of what loops are collected again, behind all else as it will ship."""
         hessians = super().calibrate(batches)
         flat = train_gpt.quantize(self, hessians)
         flat = {name: q for name, q in flat.items() if not name.startswith(self.looped_names)}
-        again = train_gpt.collect_hessians(train_gpt.dequantized(self, flat), batches)
+        again = train_gpt.collect_hessians(self.with_weights_of(flat), batches)
         return hessians | {name: again[name] for name in hessians.keys() - flat.keys()}
 
 

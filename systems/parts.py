@@ -111,6 +111,7 @@ class SgdTTT(train_gpt.TestTimeTraining):
         self.sgd = torch.optim.SGD(self.weights, momentum=0.9)
         rows = max(1, self.hp.ttt_chunk_tokens // (world.size * self.hp.train_seq_len))
         self.chunk = rows * world.size * self.hp.train_seq_len
+        self.model.most_documents[rows, self.hp.train_seq_len] = self.chunk // world.size
         self.tokens, n = tokens, len(tokens) - 1
         nats = torch.zeros(n, dtype=torch.float64, device=world.device)
         self.count = torch.zeros(n, dtype=torch.int32, device=world.device)

@@ -147,5 +147,7 @@ class GPT(parts.UNet):
         return PhasedTTT(self, hp) if hp.ttt == "lora" else None
 
 
+Validation = parts.CaseOpsValidation
+
 if __name__ == "__main__":
-    train_gpt.main(Hyperparameters, GPT, parts.CaseOpsValidation)
+    train_gpt.main(Hyperparameters, GPT, Validation)

@@ -63,6 +63,13 @@ def weights_of(model) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+def stands_for_a_model(function):
+    """Gives a function of x, y and a cache what `score` asks of a model besides."""
+    function.most_documents, function.reach = {}, 3
+    function.new_cache = lambda rows: [rows]
+    return function
+
+
 class Spied:
     """A model that is watched: before(x, y) and after(x, y, nats) see every call."""
 

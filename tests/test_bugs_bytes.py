@@ -109,7 +109,7 @@ BUGS = [
     ),
     Bug(
         "B6a",
-        "audit: identity",
+        "verify: claims",
         [("total / math.log(2) / validation.bytes", "total / math.log(2) / (3.5 * len(nats))")],
     ),
     Bug(
@@ -182,7 +182,7 @@ BUGS = [
     ),
     Bug(
         "D2a",
-        "audit: text",
+        "verify: claims",
         [(PATHS, f'        self.paths = self.paths[: 1 if split == "val" else None]\n{PATHS}')],
         two_validation_shards,
     ),
@@ -192,10 +192,10 @@ BUGS = [
         "error: starts with token .*, expected BOS",
         [(", offset=HEADER_BYTES, shape=(count,))", ")")],
     ),
-    Bug("D4", "audit: text", [("[:count].long()", "[:count].long().clamp(max=255)")]),
+    Bug("D4", "verify: claims", [("[:count].long()", "[:count].long().clamp(max=255)")]),
     Bug(
         "D5",
-        "audit: text",
+        "verify: claims",
         [(VAL_IDS, VAL_IDS.replace("len(stream)", "(len(stream) - 1) // 64 * 64 + 1"))],
     ),
     Bug(

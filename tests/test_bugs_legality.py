@@ -174,12 +174,12 @@ SEES_ITS_TARGET = f"""\
         x = x0 = torch.cat((x[:, :{{0}}], own + target, x[:, {{1}}:]), 1)"""
 MAIN = "def main(hp_class=Hyperparameters, model_class=GPT, validation_class=Validation) -> None:\n"
 REPLACED = '    os.replace(f"{path}.tmp", path)\n'
-WARM_UP_IDS = "            ids = torch.randint(hp.vocab_size, size, device=world.device)\n"
+WARM_UP_IDS = "    x, y = torch.randint(BOS_ID + 1, hp.vocab_size, shape, device=world.device)"
 WARM_UP_ON_VALIDATION = (
     WARM_UP_IDS,
     """\
-            ids = TokenStream(hp.data_path, "val", hp.vocab_size).read(0, math.prod(shape) + 1)
-            ids = torch.stack((ids[:-1].view(shape), ids[1:].view(shape))).expand(size)
+    ids = TokenStream(hp.data_path, "val", hp.vocab_size).read(0, math.prod(shape[1:]) + 1)
+    x, y = ids[:-1].view(shape[1:]), ids[1:].view(shape[1:])
 """,
 )
 KEPT_WEIGHTS = "    model.load_state_dict(saved)\n    model.set_progress(1.0)\n"
@@ -339,7 +339,7 @@ BUGS = [
     ),
     Bug("L9b", only_training_text_is_learned_from, [WARM_UP_ON_VALIDATION]),
     Bug("L10", "verify: overlap", corpus=validation_as_a_training_shard),
-    Bug("L11", "audit: text", [(VAL_IDS, VAL_IDS.replace("len(stream)", "len(stream) // 5"))]),
+    Bug("L11", "verify: claims", [(VAL_IDS, VAL_IDS.replace("len(stream)", "len(stream) // 5"))]),
     Bug("L12", "error: no piece for U\\+2581", corpus=a_tokenizer_without_a_space),
     Bug(
         "L14",
@@ -426,7 +426,7 @@ BUGS = [
         [(KEEP, f"{KEEP} * (1.0 if len(steps) < 8 else 0.5)")],
         settings=dict(val_batch_size=256),
     ),
-    Bug("L30", "audit: text", [(TOKENS, TOKENS.replace("ids", "ids[: len(ids) // 4].repeat(4)"))]),
+    Bug("L30", "verify: claims", [(TOKENS, TOKENS.replace("ids", "ids[: len(ids) // 4].tile(4)"))]),
     Bug(
         "L32",
         "audit: ledger",

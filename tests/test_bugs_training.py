@@ -233,7 +233,7 @@ DIAGNOSTIC = '"diagnostic pre-quantization post-ema")'
 BUGS = [
     Bug(
         "T1a",
-        "audit: schedule",
+        "verify: claims",
         [(f"max(step / self.iterations, {PROGRESS}", "step / self.iterations)")],
         settings=UNDER_A_CLOCK,
         world=own_clock,
@@ -258,7 +258,7 @@ BUGS = [
     Bug(
         "T2b",
         the_clock_counts_training_and_nothing_else,
-        [("    shape = rows, hp.train_seq_len\n", "    shape = 1, hp.train_seq_len\n")],
+        [("    shape = 2, hp.micro_rows(), hp", "    shape = 2, 1, hp")],
     ),
     Bug(
         "T2c",
@@ -275,7 +275,7 @@ BUGS = [
     # 5 % of the time are kept for GPTQ, as 30 of 600 s were
     Bug(
         "T3",
-        "audit: schedule",
+        "verify: claims",
         [(PROGRESS, PROGRESS.replace("train_seconds()", "max_wallclock_seconds"))],
         settings=dict(
             layout="S",
@@ -322,7 +322,7 @@ BUGS = [
         [(RETURN_KINDS, WITHOUT_MASTERS + RETURN_KINDS)],
         system="kv_share",
     ),
-    Bug("T10a", "audit: ema", [("    torch._foreach_copy_(params, average)\n", "")]),
+    Bug("T10a", "verify: claims", [("    torch._foreach_copy_(params, average)\n", "")]),
     Bug(
         "T10b",
         training_leaves_the_average,
@@ -386,12 +386,10 @@ BUGS = [
         ],
         system="pure_gdn",
     ),
-    Bug(
-        "L7a", "audit: schedule", [(CALIBRATION, "[(validation.tokens[:640].view(-1, 64), None)]")]
-    ),
+    Bug("L7a", "verify: claims", [(CALIBRATION, "[(validation.tokens[:640].view(-1, 64), None)]")]),
     Bug(
         "L31",
-        "audit: schedule",
+        "verify: claims",
         [("optimizer.step(hp.lr_multiplier(progress),", "optimizer.step(1.0,")],
     ),
 ]

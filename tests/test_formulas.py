@@ -18,7 +18,7 @@ from train_gpt import GPT, make_context
 
 
 def context(ids, hp):
-    return make_context(ids, hp.rope_dims, hp.rope_base, train_gpt.world.dtype)
+    return make_context(ids, hp)
 
 
 def by_document(ids, x, f):

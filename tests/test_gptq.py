@@ -7,15 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import SYSTEMS, random_ids, system, toy
+from toys import SYSTEMS, as_packed, random_ids, system, toy
 
 from train_gpt import (
     GPT,
     Linear,
     collect_hessians,
-    dequantized,
     gptq_quantize,
-    output_errors,
     quantize,
     round_to_nearest,
 )
@@ -237,7 +235,6 @@ def test_gptq_helps_every_matrix_of_the_model(lively, name, layout):
     best, plain = quantize(model, hessians), quantize(model)
     params = dict(model.named_parameters())
     assert best.keys() == plain.keys()
-    claimed = [output_errors(model, quantized, hessians) for quantized in (best, plain)]
     for name, (q, scale) in best.items():
         assert torch.equal(scale, plain[name][1])
         errors = []
@@ -246,7 +243,6 @@ def test_gptq_helps_every_matrix_of_the_model(lively, name, layout):
             difference = difference - values.double() * scale.double()[:, None]
             errors.append(((difference @ hessians[name].double()) * difference).sum().item())
         assert errors[0] < errors[1], name
-        assert [c[name] for c in claimed] == pytest.approx(errors, rel=1e-3)
         embeds = name in ("tok_emb.weight", "ngram.table")
         bits, sigmas = (7, 15.0) if embeds else (6, 12.85)
         qmax = 2 ** (bits - 1) - 1
@@ -265,7 +261,7 @@ def test_without_hessians_every_tensor_is_rounded_to_nearest(tiny, lively):
         assert torch.equal(q, expected) and torch.equal(scale, expected_scale), name
     bits = {name: model.precision(name)[0] for name in quantized}
     assert {bits.pop("tok_emb.weight")} == {4} and set(bits.values()) == {5}
-    for name, p in dequantized(model, quantized).named_parameters():
+    for name, p in as_packed(model, quantized).named_parameters():
         if name in quantized:
             q, scale = quantized[name]
             assert torch.equal(p, q.float() * scale.float()[:, None]), name

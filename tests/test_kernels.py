@@ -426,23 +426,29 @@ def varlen_on_cpu(monkeypatch):
     monkeypatch.setattr(train_gpt, "varlen_attn", varlen)
 
 
+def boundaries(doc):
+    """Documents of all rows, each of which begins one."""
+    return len(doc) + (doc[:, 1:] != doc[:, :-1]).sum().item()
+
+
 @pytest.mark.parametrize("window", [1, 5, 23, 24, 25, sys.maxsize])
 def test_packing_for_varlen_attention_equals_the_token_loop(varlen_on_cpu, window):
     q, k, v, doc = attention_inputs(24, B=3)
     for documents in (doc, torch.zeros_like(doc)):
-        out = varlen_window_attention(q, k, v, window, documents)
+        out = varlen_window_attention(q, k, v, window, documents, boundaries(documents))
         torch.testing.assert_close(out, loop_attention(q, k, v, window, documents))
 
 
 def test_packing_refuses_more_documents_than_it_has_room_for(varlen_on_cpu):
     q, k, v = (torch.randn(1, 200, 1, 4) for _ in range(3))
-    with pytest.raises(RuntimeError, match="documents are shorter"):
-        varlen_window_attention(q, k, v, 8, torch.arange(200)[None])
+    varlen_window_attention(q, k, v, 8, torch.arange(200)[None], 200)
+    with pytest.raises(RuntimeError, match="more documents than expected"):
+        varlen_window_attention(q, k, v, 8, torch.arange(200)[None], 199)
 
 
 def test_packing_has_room_for_rows_shorter_than_a_document(varlen_on_cpu):
     q, k, v, doc = attention_inputs(5, B=300)
-    out = varlen_window_attention(q, k, v, 8, torch.zeros_like(doc))
+    out = varlen_window_attention(q, k, v, 8, torch.zeros_like(doc), 300)
     torch.testing.assert_close(out, loop_attention(q, k, v, 8, torch.zeros_like(doc)))
 
 

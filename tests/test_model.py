@@ -180,10 +180,11 @@ def test_attention_hears_the_order_of_tokens_by_rotary_alone(
     assert difference > 1e-3 if heard else difference < 1e-9
 
 
-def test_rotary_turns_each_pair_by_position_times_its_frequency(tiny):
+def test_rotary_turns_each_pair_by_position_times_its_frequency(tiny, monkeypatch):
     """The product of a rotated query and key as complex numbers give it, by their distance."""
     hp = tiny(rope_dims=8, rope_base=100.0)
-    ctx = make_context(random_ids(hp, B=1, T=64), hp.rope_dims, hp.rope_base, torch.float64)
+    monkeypatch.setattr(train_gpt.world, "dtype", torch.float64)
+    ctx = make_context(random_ids(hp, B=1, T=64), hp)
     q, k = torch.randn(2, 16, dtype=torch.float64)
     rows = [train_gpt.rotary(x.expand(1, 64, 2, 16), ctx)[0, :, 1] for x in (q, k)]
     scores = rows[0] @ rows[1].T

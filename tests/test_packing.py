@@ -23,7 +23,7 @@ import pytest
 import torch
 from conftest import ROOT
 from corpus import write_corpus
-from toys import SYSTEMS, system, toy
+from toys import SYSTEMS, as_packed, system, toy
 
 import train_gpt
 from train_gpt import GPT, load_artifact, quantize, save_artifact
@@ -206,7 +206,7 @@ def test_a_fresh_process_computes_the_same(tmp_path, tiny, lively):
     quantized = quantize(model)
     save_artifact(tmp_path / "a.ptz", model, hp, quantized)
     ids = torch.arange(1, 61)[None] % 64
-    expected = train_gpt.dequantized(model, quantized)(ids).detach().numpy()
+    expected = as_packed(model, quantized)(ids).detach().numpy()
     assert np.array_equal(
         load_artifact(tmp_path / "a.ptz", "cpu")[0](ids).detach().numpy(), expected
     )

@@ -130,11 +130,9 @@ def test_every_check_passes_and_is_logged_once(run):
     _, log, _ = run
     checks = figures_of(log)["checks"]
     lines = re.findall(r"^audit: (\w+) passed (.*)$", log, re.M)
-    assert log.count("\naudit: ") == len(lines) == len(checks) == 13
+    assert log.count("\naudit: ") == len(lines) == len(checks) == 8
     for name, line in lines:
         assert json.loads(line) | {"passed": True} == checks[name]
-    gptq = checks["gptq"]
-    assert gptq["hessians"] == gptq["tensors"] > 10 and gptq["no_better"] == []
 
 
 def test_training_learns(run):
@@ -327,23 +325,20 @@ def test_the_artifact_is_written_before_anything_else_can_fail(tmp_path, monkeyp
     monkeypatch.setattr(train_gpt, "validate", fails)
     validation = SimpleNamespace(tokens=torch.randint(hp.vocab_size, (99,)))
     with pytest.raises(FloatingPointError, match="a diagnostic failed"):
-        train_gpt.pack(hp, model, validation, hessians, train_gpt.Audit())
+        train_gpt.pack(hp, model, validation, hessians)
     train_gpt.load_artifact(hp.artifact, "cpu")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_only_the_rank_that_packs_says_what_was_packed(tmp_path, monkeypatch, tiny, rank):
+def test_one_rank_packs(tmp_path, monkeypatch, tiny, rank):
     """Another rank's quantization may differ from it in a bit."""
     hp, model, hessians = calibrated(tmp_path, tiny)
     monkeypatch.setattr(train_gpt.world, "rank", rank)
     monkeypatch.setattr(train_gpt, "validate", lambda *_, **__: dict(val_bpb=1.0))
     validation = SimpleNamespace(tokens=torch.randint(hp.vocab_size, (99,)))
-    shipped, figures = train_gpt.pack(hp, model, validation, hessians, train_gpt.Audit())
+    figures = train_gpt.pack(hp, model, validation, hessians)
     assert figures == dict(pre_quant_val_bpb=1.0)
-    if rank:
-        assert shipped is None and not Path(hp.artifact).exists()
-    else:
-        assert shipped == train_gpt.fingerprint(train_gpt.load_artifact(hp.artifact, "cpu")[0])
+    assert Path(hp.artifact).exists() is (rank == 0)
 
 
 @pytest.mark.parametrize("excess", [0, 1])

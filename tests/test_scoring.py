@@ -24,7 +24,7 @@ from corpus import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streams import all_in_float64, in_lockstep
+from streams import all_in_float64, in_lockstep, stands_for_a_model
 
 import train_gpt
 from train_gpt import (
@@ -104,6 +104,7 @@ def test_the_final_pass_reads_in_the_mode_that_is_asked_for(tiny):
 # ---- score
 
 
+@stands_for_a_model
 def place_and_context(x, y, cache=None):
     """Stands for a model: 'nats' that tell the target's place and where the window that scored it
     begins. For tokens that are their own places."""
@@ -134,6 +135,7 @@ def test_no_batch_is_larger_than_asked_for_and_all_have_one_shape(tiny):
     """14 windows in threes."""
     shapes, tokens = set(), torch.arange(102)
 
+    @stands_for_a_model
     def model(x, y, cache):
         shapes.add((x.shape, y.shape))
         return place_and_context(x, y)
@@ -226,6 +228,7 @@ def test_a_batch_is_filled_up_with_windows_of_the_text(tiny):
     room for."""
     tokens, rows = torch.arange(100), []
 
+    @stands_for_a_model
     def model(x, y, cache):
         rows.extend(x.tolist())
         return torch.ones(x.shape)
@@ -237,6 +240,7 @@ def test_a_batch_is_filled_up_with_windows_of_the_text(tiny):
 def test_a_score_that_is_not_finite_is_an_error(tiny):
     tokens = torch.arange(2, 40)
 
+    @stands_for_a_model
     def model(x, y, cache):
         return torch.where(y == 30, torch.nan, 1.0)
 
@@ -370,7 +374,7 @@ def test_a_uniform_model_needs_the_logarithm_of_the_vocabulary(
     V = sp.vocab_size()
     hp = tiny(data_path=str(tmp_path), tokenizer_path=str(tmp_path / "t.model"), vocab_size=V)
     validation = Validation(hp)
-    model = lambda x, y, cache: torch.full(x.shape, math.log(V))  # noqa: E731
+    model = stands_for_a_model(lambda x, y, cache: torch.full(x.shape, math.log(V)))
     scores = score(model, validation.tokens, window_plan(validation.tokens, hp, 16))
     bytes_per_token = decoded_bytes(sp, ids) / (len(ids) - 1)
     bpb = validate(validation, scores, monkeypatch)["val_bpb"]

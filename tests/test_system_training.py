@@ -140,11 +140,11 @@ def train(name, hp, tmp_path, monkeypatch):
     audit = train_gpt.Audit()
     stream = train_gpt.TokenStream(str(tmp_path), "train", hp.vocab_size)
     validation = SimpleNamespace(tokens=torch.tensor(tokens[:100]))
-    train_gpt.train(hp, model, stream, validation, audit)
+    _, figures = train_gpt.train(hp, model, stream, validation, audit)
     assert all(check["passed"] for check in audit.checks.values())
     start, *weights = weights
     return SimpleNamespace(
-        steps=steps, start=start, weights=weights, model=model, audit=audit.checks, text=tokens
+        steps=steps, start=start, weights=weights, model=model, figures=figures, text=tokens
     )
 
 
@@ -179,7 +179,7 @@ def test_a_curriculum_is_followed_and_skips_no_token(tmp_path, monkeypatch):
     read = torch.cat([x.flatten() for *_, batch in run.steps for x in batch]).numpy()
     assert np.array_equal(read, run.text[: 23 * 128])
     calibration = hp.gptq_calibration_batches * 3 * 128
-    assert run.audit["schedule"]["tokens_read"] == 23 * 128 + calibration
+    assert run.figures["tokens_read"] == 23 * 128 + calibration
 
 
 def test_all_stages_are_warmed_up(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import re
 import brotli
 import pytest
 import torch
-from toys import SYSTEMS, in_float64, other, random_ids, system, tiny_of, toy
+from toys import SYSTEMS, as_packed, in_float64, other, random_ids, system, tiny_of, toy
 
 import train_gpt
 from train_gpt import Muon
@@ -219,5 +219,5 @@ def test_shared_keys_and_values_are_stored_once(lively, tmp_path):
         for name in ("q_proj", "g_proj", "o_proj", "q_conv1d"):
             assert getattr(owner, name) is not getattr(follower, name)
     ids = random_ids(hp)
-    shipped = train_gpt.dequantized(model, train_gpt.quantize(model))
+    shipped = as_packed(model, train_gpt.quantize(model))
     assert torch.equal(loaded(ids), shipped(ids))

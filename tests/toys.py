@@ -1,5 +1,6 @@
 """Toy models of the systems, and the ids they read."""
 
+import copy
 import functools
 import importlib
 
@@ -53,6 +54,19 @@ def in_float64(monkeypatch, model):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # decays, logits
     monkeypatch.setattr(torch, "linspace", functools.partial(torch.linspace, dtype=torch.float64))
     return model.double()
+
+
+def as_packed(model, quantized):
+    """A copy with the weights that an artifact holds: (q, scale) by name, float16 of the rest."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name in quantized:
+                q, scale = quantized[name]
+                p.copy_(q.float() * scale.float()[:, None])
+            else:
+                p.copy_(p.half().float())
+    return model
 
 
 def random_ids(hp, B=2, T=48, starts=()):

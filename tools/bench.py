@@ -336,7 +336,7 @@ def toy_run(system: str, settings: dict, seed: int) -> tuple[float, float]:
         output = run_output(f"{system}, seed {seed}", system, env, folder)
     figures = figures_of(output)
     calibration = settings["gptq_calibration_batches"] * settings["train_batch_tokens"]
-    tokens = figures["checks"]["schedule"]["of_them_needed"] - calibration
+    tokens = figures["tokens_needed"] - calibration
     milliseconds = int(re.findall(r"val_bpb:\S+ train_time:(\d+)ms", output)[-1])
     return figures["val_bpb"], 1000 * tokens / milliseconds
 

@@ -34,6 +34,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import packed
 import sentencepiece as spm
 
 BOS, HEADER_BYTES, MAGIC, VERSION = 1, 1024, 20240520, 1
@@ -375,8 +376,27 @@ def log_rules(job, size: int) -> Iterator[tuple[str, bool]]:
     yield f"checks of the run: {len(checks)}, failed: {failed}", bool(checks) and not failed
     same = [path.read_text("utf-8").strip() in job.log.text for path in code]
     yield "another source ran", all(same)
+    if "step_stop" in figures:
+        yield from training_rules(job.log)
     device = "cpu" if str(figures.get("hardware")).endswith("CPU") else "cuda"
     yield f"the sample is not of {device}", not job.sample or job.sample.device == device
+
+
+def training_rules(log) -> Iterator[tuple[str, bool]]:
+    """A rule that a sound training keeps, in words, and whether this one does."""
+    figures = log.figures
+    settings = dict(re.findall(r"^  (\w+): ?(.*)$", log.text, re.M))
+    read, needed = figures["tokens_read"], figures["tokens_needed"]
+    yield f"steps and calibration need {needed} tokens, {read} were read", read == needed
+    averaged = figures["raw_val_bpb"] != figures["pre_quant_val_bpb"]
+    decay = float(settings["ema_decay"])
+    yield f"ema_decay {decay:g}, weights averaged: {averaged}", averaged == (decay > 0)
+    # linear to 0 over the last warmdown_frac, but not below min_lr: the last step had at most what
+    # is due two steps before the end, or 0.05 more
+    floor, frac = float(settings["min_lr"]), max(float(settings["warmdown_frac"]), 1e-9)
+    due = min(1.0, max(floor, 2 / max(figures["step_stop"], 1) / frac))
+    last = figures["lr_multiplier_at_stop"]
+    yield f"the learning rate ended at {last:.3f} of its peak, {due:.3f} is due", last <= due + 0.05
 
 
 def check_positions(scores, n: int) -> tuple[bool, str]:
@@ -687,6 +707,10 @@ def verify_files(job) -> None:
         attempt(job, "overlap", check_overlap, job)
     else:
         print(f"verify: overlap: no training shards in {job.data}")
+    if job.state_path.is_file():
+        attempt(job, "gptq", packed.check_gptq, job.artifact, job.state_path)
+    else:
+        print(f"verify: no file {job.state_path}: what GPTQ gained is not checked")
     if job.sample:
         attempt_scores(job, "sample_", job.sample, None, job.text.end)
     else:
@@ -750,6 +774,7 @@ def prepare(job) -> None:
     """Reads all input. Raises: OSError, ValueError naming the file that cannot be used."""
     job.code = code_of(job.script.resolve())
     job.sample_path = job.sample_path or job.artifact.with_suffix(".sample.npz")
+    job.state_path = Path(f"{job.artifact}.trained.pt")
     job.training = sorted(job.data.glob("fineweb_train_[0-9]*.bin"))
     job.text = Text(job.data, job.tokenizer)
     with using(job.artifact, "a file"):

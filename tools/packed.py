@@ -1,0 +1,107 @@
+"""Reads an artifact and the state that a run kept before it quantized, without train_gpt.py.
+
+    python tools/packed.py final_model.int6.ptz    # each tensor's error over that of rounding
+
+ARTIFACT: 8 bytes, sha256 of the rest, and compressed by brotli: length of a JSON text, this text,
+int8 values of what is quantized, float16 of its scales (one a row) and of all other parameters,
+each in the order of the parameters. ARTIFACT.trained.pt: their order, shapes and values before, and
+the Hessian X^T X of the inputs of each tensor that is quantized.
+"""
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import brotli
+import numpy as np
+import torch
+
+
+class Packed(NamedTuple):
+    q: np.ndarray  # int8 [rows, cols]
+    scale: np.ndarray  # float32 [rows]
+
+
+def read_state(path: Path) -> dict:
+    """Raises: ValueError naming the file."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not state["weights"].keys() >= state["hessians"].keys():
+            raise ValueError("Hessians of tensors that it has not")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of whatever kind torch.load makes of a damaged file
+        raise ValueError(f"{path}: not the state of a finished training: {error}") from None
+    return state
+
+
+def read_packed(path: Path, state: dict) -> dict[str, Packed]:
+    """What is quantized in the artifact, by name. Raises: ValueError naming the file."""
+    body = brotli.decompress(path.read_bytes()[8 + 32 :])
+    values = memoryview(body)[4 + int.from_bytes(body[:4], "little") :]
+    weights = {name: w for name, w in state["weights"].items() if name in state["hessians"]}
+    rest = sum(w.numel() for name, w in state["weights"].items() if name not in weights)
+    size = sum(w.numel() + 2 * len(w) for w in weights.values()) + 2 * rest
+    if len(values) != size:
+        raise ValueError(f"{path}: {len(values)} bytes of values, the trained model has {size}")
+    packed, at, end = {}, 0, sum(w.numel() for w in weights.values())
+    for name, w in state["weights"].items():
+        if name not in weights:
+            end += 2 * w.numel()
+            continue
+        q = np.frombuffer(values, np.int8, w.numel(), at).reshape(w.shape)
+        scale = np.frombuffer(values, np.float16, len(w), end).astype(np.float32)
+        packed[name], at, end = Packed(q, scale), at + w.numel(), end + 2 * len(w)
+    return packed
+
+
+def output_error(W: np.ndarray, q: np.ndarray, scale: np.ndarray, H: np.ndarray) -> float:
+    """Squared error of the outputs on the inputs that H was collected from: tr(E H E^T)."""
+    E = W.astype(np.float64) - q * scale[:, None].astype(np.float64)
+    return float(((E @ H) * E).sum())
+
+
+def errors(packed: dict[str, Packed], state: dict) -> dict[str, tuple[float, float]]:
+    """Of each tensor: error as packed, and with each value rounded to the nearest of its row."""
+    found = {}
+    for name, (q, scale) in packed.items():
+        W, H = (state[kind][name].detach().double().numpy() for kind in ("weights", "hessians"))
+        largest = 2 ** int(np.abs(q.astype(int)).max()).bit_length() - 1  # in so many bits
+        nearest = np.clip(np.round(W / scale[:, None]), -largest, largest)
+        found[name] = output_error(W, q, scale, H), output_error(W, nearest, scale, H)
+    return found
+
+
+def correlated(H: torch.Tensor) -> bool:
+    """Whether GPTQ can gain: with nearly uncorrelated inputs it is rounding to nearest."""
+    return bool(H.norm() > 1.1 * H.diagonal().norm())
+
+
+def check_gptq(artifact: Path, state_path: Path) -> tuple[bool, str]:
+    """Each tensor that is quantized has a Hessian and, where inputs correlate, less output error
+    than by rounding to nearest."""
+    state = read_state(state_path)
+    found = errors(read_packed(artifact, state), state)
+    worse = [name for name, (ours, nearest) in found.items() if ours >= nearest]
+    worse = [name for name in worse if correlated(state["hessians"][name])]
+    share = sum(ours for ours, _ in found.values()) / sum(nearest for _, nearest in found.values())
+    text = f"{len(found)} tensors, output error {share:.3f} of rounding to nearest"
+    return bool(found) and not worse, "; no better: ".join(
+        [text, *[", ".join(worse)] * bool(worse)]
+    )
+
+
+def main(argv: list[str]) -> int | str:
+    artifact = Path(argv[0])
+    try:
+        state = read_state(Path(f"{artifact}.trained.pt"))
+        found = errors(read_packed(artifact, state), state)
+    except (OSError, ValueError) as error:
+        return f"packed: error: {error}"
+    for name, (ours, nearest) in found.items():
+        print(f"{ours / nearest:6.3f} of {nearest:10.4g}  {name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
