@@ -6,9 +6,10 @@ The capitals below are all that these tests know of the source.
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-from in_process import planted, train
-from test_verify import FEW, MODES, check, runs  # noqa: F401  (fixtures)
+from in_process import launch, planted, train
+from test_verify import FEW, MODES, check, runs, verify  # noqa: F401  (fixtures)
 
 VERDICT = "    def verdict(self) -> None:"
 RULE = "        o, state = gated_delta_rule(q, k, v, g, beta, state)\n"
@@ -180,3 +181,32 @@ def test_a_run_with_a_bug_is_caught(check, tmp_path, mode, settings, by, edits):
 def test_an_edit_that_finds_no_place_is_an_error(tmp_path: Path):
     with pytest.raises(AssertionError, match="not there once but 0 times"):
         planted(tmp_path, "train_gpt", ("no such line", ""))
+
+
+@pytest.mark.parametrize("leak", [False, True], ids=["honest", "with a leak"])
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+def test_what_identical_runs_differ_by_on_a_gpu_is_allowed_and_no_more(
+    runs,  # noqa: F811
+    check,  # noqa: F811
+    monkeypatch,
+    tmp_path,
+    gpu,
+    leak,
+):
+    """Each process adds its own noise to the scores."""
+    generator = np.random.default_rng(0)
+
+    def noisy(job, folder, env, nproc):
+        done, path = launch(job, folder, env, nproc), folder / env["SCORES"]
+        with np.load(path) as scores:
+            scores = dict(scores)
+        scores["nats"] = scores["nats"] + generator.uniform(0, 1e-5, len(scores["nats"]))
+        np.savez(path, **scores)
+        return done
+
+    monkeypatch.setattr(verify, "launch", noisy)
+    _, _, edits = BUGS["a state that starts where the sequence ends"]
+    script = planted(tmp_path, "train_gpt", SILENT, *(edits if leak else ()))
+    options = [*FEW, "--probes", "future", *(["--gpu"] if gpu else [])]
+    result = check(runs("sliding"), *options, script=script)
+    assert ("future" in result.passed) is (gpu and not leak), result.text
