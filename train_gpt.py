@@ -1019,8 +1019,8 @@ def save_artifact(path, model: GPT, hp: Hyperparameters, quantized: dict | None 
     os.replace(f"{path}.tmp", path)
     return os.path.getsize(path)
 
-def load_artifact(path, device, hp_class=Hyperparameters, model_class=GPT):
-    """A fresh model with the artifact's weights, and the hyperparameters it was trained with.
+def load_artifact(path, device, hp_class=Hyperparameters, model_class=GPT, **changes):
+    """A fresh model with the artifact's weights, and its hyperparameters, with changes.
     Raises: FileNotFoundError, or ValueError naming the file and what is wrong with it."""
     raw = Path(path).read_bytes()
     magic, digest, data = raw[:8], raw[8:40], raw[40:]
@@ -1032,7 +1032,7 @@ def load_artifact(path, device, hp_class=Hyperparameters, model_class=GPT):
         head, values = json.loads(body[4:end]), bytearray(body[end:])
         if head["system"] != hp_class.system:
             raise ValueError(f"its system is {head['system']}, not {hp_class.system}")
-        hp = hp_class(**head["config"])
+        hp = replace(hp_class(**head["config"]), **changes)
         hp.validate()
         model = model_class(hp)
         params = dict(model.named_parameters())
@@ -1391,7 +1391,8 @@ def pack(hp, model: GPT, validation: Validation, hessians: dict) -> dict:
 
 def evaluate(hp, model_class, validation: Validation, audit: Audit) -> dict:
     """Scores the artifact as it lies on disk. Returns val_loss, val_bpb, eval_time_seconds."""
-    model, saved = load_artifact(hp.artifact, world.device, type(hp), model_class)
+    model, saved = load_artifact(hp.artifact, world.device, type(hp), model_class,
+                                 eval_seq_len=hp.eval_seq_len)  # what full attention sees
     weights, tokens = fingerprint(model), validation.tokens
     expect_documents(model, tokens, final_plan(tokens, hp))
     learner = model.learner(replace(hp, eval_seconds=0.0))
@@ -1467,7 +1468,7 @@ def main(hp_class=Hyperparameters, model_class=GPT, validation_class=Validation)
         dist.init_process_group("cpu:gloo,cuda:nccl" if world.on_cuda else "gloo")
     init_log(hp, code)
     torch.manual_seed(hp.seed)
-    stream = None
+    stream, figures = None, {}
     if hp.eval_only:
         saved = load_artifact(hp.artifact, "cpu", hp_class, model_class)[1]
         hp = hp_class.from_env(os.environ, artifact=replace(saved, run_id=hp.run_id))
@@ -1482,7 +1483,6 @@ def main(hp_class=Hyperparameters, model_class=GPT, validation_class=Validation)
              f"documents:{len(validation.starts)} bytes:{validation.bytes} "
              f"official:{validation.is_official}")
     check_inputs(audit, hp, validation, stream)
-    figures = {}
     if stream is not None:
         audit.verdict()  # before ten minutes are spent; what is only scored is scored first
         log.info(f"model_params:{sum(p.numel() for p in model.parameters())}")

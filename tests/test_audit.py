@@ -195,6 +195,13 @@ def test_an_artifact_may_be_scored_in_another_way(run):
     assert other.error is None and other.figures["val_bpb"] != result.figures["val_bpb"]
 
 
+def test_full_attention_sees_as_far_as_scoring_is_told(run):
+    """Whatever it was told while it was trained, which is the same in both."""
+    settings = dict(layout="A", eval_mode="stream", eval_chunk=8, eval_stride=8)
+    far, near = (run(**settings, eval_seq_len=n).figures["val_bpb"] for n in (64, 8))
+    assert run(**settings, eval_only=1, eval_seq_len=64).figures["val_bpb"] == far != near
+
+
 def test_an_artifact_of_another_system_is_refused(run):
     run()
     with pytest.raises(ValueError, match="model.ptz: .*system is record, not kv_share"):

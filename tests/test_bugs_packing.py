@@ -189,7 +189,7 @@ OF_MATRICES = (
     "for name, p in model.named_parameters() if model.kinds[name] != SCALAR}\n    hessians"
 )
 QUANTIZED = "    quantized = quantize(model, hessians)\n"
-LOADED = "    model, saved = load_artifact(hp.artifact, world.device, type(hp), model_class)\n"
+LOADED = "eval_seq_len=hp.eval_seq_len)  # what full attention sees\n"
 RETURN_MODEL = "    return model.to(device), hp\n"
 ITS_VALUES = " or len(values) != sum(ints) + 2 * sum(halves):"
 UNPACKED = "    q = iter(torch.frombuffer("
