@@ -658,8 +658,8 @@ class Attention(nn.Module):
         return self.o_proj(self.attend(seen, T, ctx).flatten(2)), None
 
     def attend(self, seen: Tensor, T: int, ctx: Context) -> Tensor:  # [B, T, H, D]
-        q, k, v = (proj(seen).unflatten(-1, (-1, self.head_dim))  # [B, T or reach + T, heads, D]
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim))  # [B, T or reach + T, heads, D]
+                   for y in products(seen, self.q_proj, self.k_proj, self.v_proj))
         q = rotary(norm(q), ctx) * self.q_gain.to(q.dtype)[:, None]
         y = window_attention(q, rotary(norm(k), ctx), v, self.window, ctx.doc, ctx.most)
         y, v = y[:, -T:], v[:, -T:]

@@ -311,6 +311,48 @@ def test_every_parameter_learns_within_two_steps(tiny, layout):
     assert not [name for name, p in model.named_parameters() if torch.equal(p, start[name])]
 
 
+@pytest.mark.parametrize("adapters", [False, True])
+def test_compiled_projections_are_one_product_unless_adapters_differ(tiny, lively, adapters):
+    """The same outputs and gradients as one by one, and fewer products."""
+    hp = tiny(layout="G S", model_dim=32)
+    model, ids = lively(GPT(hp)), random_ids(hp, B=2, T=32, starts=(0, 9))
+    if adapters:
+        learner = train_gpt.LoraTTT(model, hp)
+        learner.adapters = learner.new_adapters(2)
+        for linear, (A, B, scale) in learner.adapters.items():
+            linear.lora = A, torch.randn_like(B, requires_grad=True), scale
+    products = []
+
+    def counted(graph, inputs):
+        linears = (torch.nn.functional.linear, torch._C._nn.linear)
+        products.append(sum(node.target in linears for node in graph.graph.nodes))
+        return graph.forward
+
+    compiled = torch.compile(model, backend=counted, fullgraph=True, dynamic=False)
+    results = []
+    for forward in (model, compiled):
+        loss = forward(ids[:, :-1], ids[:, 1:]).mean()
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)
+    one_by_one = 6 + 1 + 2 + 3 + 1 + 2 + 1
+    assert products == [one_by_one if adapters else one_by_one - 5 - 2]
+
+
+def test_a_recomputed_convolution_is_the_same(monkeypatch, tiny):
+    """As on CUDA: outputs and gradients, documents included."""
+    hp = tiny()
+    ctx = make_context(random_ids(hp, B=2, T=24, starts=(0, 7)), hp)
+    x, weight = torch.randn(2, 24, 6, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    results = []
+    for on_cuda in (False, True):
+        monkeypatch.setattr(torch.Tensor, "is_cuda", on_cuda)
+        y = train_gpt.short_conv(x, weight, ctx)
+        results.append([y, *torch.autograd.grad(y.square().sum(), (x, weight))])
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
 # ---- on a GPU
 
 
