@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ./run.sh        set up, get data, train, quantize, pack, score, verify, write submission.json
-# ./run.sh test   set up, then run the tests
+# ./run.sh test   set up, then run the tests on all cores
 #
 # Every hyperparameter is an environment variable (MAX_WALLCLOCK_SECONDS=60 ./run.sh); SYSTEM names a file
 # of systems/ to run instead of the record. Without a GPU the preset is `demo`, on text that needs no network.
@@ -22,7 +22,8 @@ python=$venv/bin/python
 if [ "${1:-}" = test ]; then
     "$python" -m ruff check .
     "$python" -m ruff format --check --quiet . || { "$python" -m ruff format --diff --quiet .; exit 1; }
-    exec "$python" -m pytest "${@:2}"
+    # a worker a core, each with one thread (tests/conftest.py); a file's tests stay with what they share
+    exec "$python" -m pytest -n auto --maxprocesses 16 --dist loadfile "${@:2}"
 elif [ $# -gt 0 ]; then
     echo "usage: ./run.sh [test [pytest arguments]]; settings are environment variables" >&2
     exit 2

@@ -1020,7 +1020,7 @@ def save_artifact(path, model: GPT, hp: Hyperparameters, quantized: dict | None 
     return os.path.getsize(path)
 
 def load_artifact(path, device, hp_class=Hyperparameters, model_class=GPT, **changes):
-    """A fresh model with the artifact's weights, and its hyperparameters, with changes.
+    """A fresh model with the artifact's weights, and its hyperparameters; changes: to the model's.
     Raises: FileNotFoundError, or ValueError naming the file and what is wrong with it."""
     raw = Path(path).read_bytes()
     magic, digest, data = raw[:8], raw[8:40], raw[40:]
@@ -1032,9 +1032,9 @@ def load_artifact(path, device, hp_class=Hyperparameters, model_class=GPT, **cha
         head, values = json.loads(body[4:end]), bytearray(body[end:])
         if head["system"] != hp_class.system:
             raise ValueError(f"its system is {head['system']}, not {hp_class.system}")
-        hp = replace(hp_class(**head["config"]), **changes)
+        hp = hp_class(**head["config"])
         hp.validate()
-        model = model_class(hp)
+        model = model_class(replace(hp, **changes))
         params = dict(model.named_parameters())
         is_int = {name: model.kinds[name] != SCALAR for name in params}
         ints = [p.numel() for name, p in params.items() if is_int[name]]

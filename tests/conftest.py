@@ -4,8 +4,13 @@ Tests marked `cuda` run on the GPU and are skipped without one; all others run o
 float32, also on a machine that has a GPU.
 """
 
+import os
 import sys
 from pathlib import Path
+
+# before torch: one thread for fixtures of any scope and for the processes that tests start; two
+# that share a core wait for each other's threads, which makes them many times slower
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -58,6 +63,14 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The lines that passed tests gave to record_property("summary", ...), in any process."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "summary":
+                terminalreporter.write_line(value)
 
 
 @pytest.fixture(autouse=True)

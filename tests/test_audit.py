@@ -420,5 +420,5 @@ def test_the_sample_is_written_by_every_run(run):
     run(eval_only=1, **how)
     again = arrays("model.sample.npz")
     assert all(np.array_equal(first[name], again[name]) for name in first)
-    assert sorted(path.suffix for path in Path().glob("*.*")) == [".npz", ".ptz"]
+    assert sorted(path.suffix for path in Path().glob("*.*")) == [".npz", ".pt", ".ptz"]
     assert {f.name for f in fields(train_gpt.Hyperparameters)} >= {"scores", "artifact"}

@@ -193,6 +193,7 @@ def test_the_run_leaves_artifact_sample_scores_and_log(run):
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert names - {"again.npz", "logs/again.txt"} == {
         "final_model.int6.ptz",
+        "final_model.int6.ptz.trained.pt",
         "final_model.int6.sample.npz",
         "scores.npz",
         "logs/first.txt",

@@ -182,7 +182,7 @@ def test_checks_are_callable_in_process(runs, monkeypatch):
     files += folder / "data" / "tokenizer.model", "--train-script", script_of(folder)
     job = verify.parse([str(argument) for argument in (*files, "--probes", "isolation")])
     passed = verify.verify(job)
-    names = ["size", "overlap", "sample_positions", "sample_bytes", "run", "reproduced"]
+    names = ["size", "overlap", "gptq", "sample_positions", "sample_bytes", "run", "reproduced"]
     assert passed == dict.fromkeys([*names, "isolation"], True)
 
 
