@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # ./run.sh        set up, get data, train, quantize, pack, score, verify, write submission.json
+# ./run.sh check  set up, get data, then forecast from a few steps whether the run would end well here, and when
 # ./run.sh test   set up, then run the tests on all cores
 #
 # Every hyperparameter is an environment variable (MAX_WALLCLOCK_SECONDS=60 ./run.sh); SYSTEM names a file
@@ -24,8 +25,8 @@ if [ "${1:-}" = test ]; then
     "$python" -m ruff format --check --quiet . || { "$python" -m ruff format --diff --quiet .; exit 1; }
     # a worker a core, each with one thread (tests/conftest.py); a file's tests stay with what they share
     exec "$python" -m pytest -n auto --maxprocesses 16 --dist loadfile "${@:2}"
-elif [ $# -gt 0 ]; then
-    echo "usage: ./run.sh [test [pytest arguments]]; settings are environment variables" >&2
+elif [ $# -gt 0 ] && [ "$*" != check ]; then
+    echo "usage: ./run.sh [check | test [pytest arguments]]; settings are environment variables" >&2
     exit 2
 fi
 
@@ -61,7 +62,14 @@ nproc=${NPROC:-$nproc}
 [ "$nproc" = 8 ] || export EVAL_SECONDS=${EVAL_SECONDS:-0}  # the limit is for 8xH100
 
 run=("$python" -m torch.distributed.run --standalone "--nproc_per_node=$nproc" "$script")
+if [ "${1:-}" = check ]; then
+    rm -f logs/check.env
+    "${run[@]/%"$script"/tools/check.py}"
+    . logs/check.env  # its verdict, and settings with which the run would fit
+    exit "$check_failed"
+fi
 [ "${EVAL_ONLY:-0}" = 0 ] || exec "${run[@]}"
+[ ! -f logs/check.env ] || . logs/check.env
 rm -f submission.json  # an earlier run's must not pass for this one's
 "${run[@]}"
 log=logs/$RUN_ID

@@ -195,7 +195,6 @@ class Hyperparameters:
         return self.train_batch_tokens // (self.micro_steps() * world.size * self.train_seq_len)
 
     # Schedules. Progress is the fraction of the run completed, by the clock or by steps.
-
     def train_seconds(self) -> float:
         return (self.max_wallclock_seconds or math.inf) - self.gptq_reserve_seconds
     def progress(self, step: int, seconds: float) -> float:
@@ -526,7 +525,8 @@ def varlen_window_attention(q, k, v, window: int, doc: Tensor, most: int) -> Ten
 RESET_LOG_DECAY = -60.0
 CONV_SIZE = 4  # tokens that a short convolution sees, as in fla
 
-class Context(NamedTuple):  # what every layer knows of the tokens besides their embedding
+class Context(NamedTuple):
+    """What every layer knows of the tokens besides their embedding."""
     doc: Tensor  # [B, T] number of the document, BOS starts a new one; 0 = no token
     same_doc: Tensor  # [B, T, 3] 1 where the token 1, 2, 3 earlier is of the same document, else 0
     cos: Tensor  # [1, T, 1, rope_dims // 2]

@@ -16,7 +16,7 @@ class Hyperparameters(train_gpt.Hyperparameters):
     system = "baseline"
     data_path: str = "./data/datasets/fineweb10B_sp1024"
     tokenizer_path: str = "./data/tokenizers/fineweb_1024_bpe.model"
-    vocab_size: int = bounded(1024, 2, 65536)
+    vocab_size: int = bounded(1024, 3, 65536)
     train_seq_len: int = bounded(1024, 1)
     layout: str = "A9"
     mlp_mult: float = bounded(2.0, 1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import train_gpt
-from train_gpt import MATRIX, ZEROS, bounded
+from train_gpt import MATRIX, SCALAR, ZEROS, bounded
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Hyperparameters(train_gpt.Hyperparameters):
     system = "crawler"
     data_path: str = "./data/datasets/fineweb10B_sp1024"
     tokenizer_path: str = "./data/tokenizers/fineweb_1024_bpe.model"
-    vocab_size: int = bounded(1024, 2, 65536)
+    vocab_size: int = bounded(1024, 3, 65536)
     layout: str = "A2 (A G)x4 A2"  # a G has no MLP here
     mlp_mult: float = bounded(3.2, 1)
     gdn_heads: int = bounded(4, 1)
@@ -92,12 +92,14 @@ class GPT(parts.NgramGPT, parts.UNet):
 
     @torch.no_grad()
     def with_weights_of(self, quantized: dict) -> "GPT":
-        """A copy: what is quantized as the artifact will have it."""
+        """A copy with what the artifact will have of these, and of all that is not quantized."""
         model = copy.deepcopy(self)
         for name, p in model.named_parameters():
             if name in quantized:
                 q, scale = quantized[name]
                 p.copy_(q * scale.float()[:, None])
+            elif self.kinds[name] == SCALAR:
+                p.copy_(p.half())
         return model
 
     def calibrate(self, batches: list) -> dict[str, Tensor]:

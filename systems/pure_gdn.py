@@ -27,7 +27,7 @@ class Hyperparameters(train_gpt.Hyperparameters):
     system = "pure_gdn"
     data_path: str = "./data/datasets/fineweb10B_sp1024"
     tokenizer_path: str = "./data/tokenizers/fineweb_1024_bpe.model"
-    vocab_size: int = bounded(1024, 2, 65536)
+    vocab_size: int = bounded(1024, 3, 65536)
     train_batch_tokens: int = bounded(196_608, 1)
     train_seq_len: int = bounded(1024, 1)
     grad_accum_steps: int = 3

@@ -147,7 +147,7 @@ BUGS = [
         "B8d",
         "verify: sample_bytes",
         [
-            ("GPT, parts.CaseOpsValidation)", "GPT)"),
+            ("GPT, Validation)", "GPT)"),
             ('if sidecar or sp.id_to_piece(4) == "\\ue001":', "if 0:"),
         ],
         transformed,
@@ -216,7 +216,7 @@ BUGS = [
                 EMBEDDED,
                 f"        in_row = F.one_hot(ids, self.hp.vocab_size).amax(1, True)\n{EMBEDDED}",
             ),
-            ("        logits = self.head(x)\n", "        logits = self.head(x) + 8 * in_row\n"),
+            ("        out = self.head(x)\n", "        out = self.head(x) + 8 * in_row\n"),
         ],
     ),
     Bug(
@@ -228,7 +228,7 @@ BUGS = [
     Bug(
         "D10a",
         "verify: isolation",
-        [("shift(x, n) * ctx.same_doc[..., n - 1 : n]", "shift(x, n)")],
+        [("shift(x, n) * same_doc[..., n - 1 : n]", "shift(x, n)")],
     ),
     Bug(
         "D10b",

@@ -159,7 +159,7 @@ FINAL = "    final = validate(model, validation, plan, label, learner)\n"
 AFTER = '    count, after = final["count"], fingerprint(model)\n'
 MODEL = "class GPT(nn.Module):\n"
 NATS = "            out = nats.view_as(targets)\n"
-KEEP = "out.detach()[scored].double()"
+KEEP = "out.detach().flatten().double()"
 VAL_IDS = "        ids = stream.read(0, len(stream))\n"
 TOKENS = "stream.paths, ids.to(world.device)"
 BATCHES = "[loader.next() for _ in range(hp.gptq_calibration_batches * hp.micro_steps())]\n"
@@ -301,9 +301,9 @@ BUGS = [
         [
             (FINAL, "    plan = plan._replace(units=2 * plan.units)\n" + FINAL),
             (
-                f"        nats[index[scored]] = {KEEP}\n",
-                f"        kept, again = nats[index[scored]], {KEEP}\n"
-                "        nats[index[scored]] = torch.where(kept > 0, again.minimum(kept), again)\n",
+                f"        nats[place] = {KEEP}\n",
+                f"        kept, again = nats[place], {KEEP}\n"
+                "        nats[place] = torch.where(kept > 0, again.minimum(kept), again)\n",
             ),
         ],
     ),
@@ -356,7 +356,7 @@ BUGS = [
     Bug(
         "L15b",
         a_failed_check_leaves_no_submission,
-        [("    audit.verdict()\n    if world.size > 1:", "    if world.size > 1:")],
+        [('checks=audit.checks))}")\n    audit.verdict()\n', 'checks=audit.checks))}")\n')],
     ),
     Bug("L16a", nothing_is_hidden, [(MAIN, f"{MAIN}    {SHIM}\n")]),
     Bug(
@@ -440,8 +440,9 @@ BUGS = [
         "verify: claimed_sample",
         [
             (
-                "        sample |= dict(unlearned=",
-                '        sample["nats"] = 0.99 * sample["nats"]\n        sample |= dict(unlearned=',
+                "        np.savez(Path(hp.artifact).with",
+                '        scores["nats"] = 0.99 * scores["nats"]\n'
+                "        np.savez(Path(hp.artifact).with",
             )
         ],
     ),

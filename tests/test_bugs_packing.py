@@ -185,9 +185,7 @@ def the_log_and_the_artifact_say_what_runs(p: Program) -> None:
 
 HESSIAN = "gptq_quantize(W, hessians[name], "
 OR_NONE = "gptq_quantize(W, hessians.get(name, torch.eye(W.shape[1])), "
-OF_MATRICES = (
-    "for name, p in model.named_parameters() if model.kinds[name] != SCALAR}\n    hessians"
-)
+OF_MATRICES = "for name, W in model.named_parameters() if model.kinds[name] != SCALAR}"
 QUANTIZED = "    quantized = quantize(model, hessians)\n"
 LOADED = "eval_seq_len=hp.eval_seq_len)  # what full attention sees\n"
 RETURN_MODEL = "    return model.to(device), hp\n"
@@ -203,10 +201,7 @@ STORED_TWICE = [
         "self.named_parameters(remove_duplicate=False)\n        return {name: of[id(p)] for name, "
         "p in every}\n",
     ),
-    (
-        "    weights = {name: p for name, p in model.named_parameters() if",
-        f"    weights = {{name: p for name, p in {ALL} if",
-    ),
+    (OF_MATRICES, OF_MATRICES.replace("model.named_parameters()", ALL)),
     (HESSIAN, OR_NONE),
     (
         "              for name, p in model.named_parameters()]\n    values",

@@ -173,7 +173,7 @@ def every_rank_takes_part_in_every_collective(p: Program) -> None:
     records = []
     for rank in (0, 1):
         records.append(as_rank(p, rank))
-        p.core.pack(hp, model, validation, hessians, p.core.Audit())
+        p.core.pack(hp, model, validation, hessians)
         p.core.evaluate(hp, p.core.GPT, validation, p.core.Audit())
     assert records[0] == records[1] and len(records[0]) > 10
 
@@ -225,6 +225,7 @@ WITHOUT_MASTERS = """\
         for module in (self.tok_emb, *(block.mixer for block in self.blocks)):
             module.bfloat16()
 """
+AVERAGED = "    torch._foreach_copy_(params, average)\n"
 CALIBRATION = "[loader.next() for _ in range(hp.gptq_calibration_batches * hp.micro_steps())]"
 READ_AGAIN = "        hessians = collect_hessians(model, [TrainLoader(stream, hp).next()])\n"
 TRAINED = "        hessians, figures = train(hp, model, stream, validation, audit)\n"
@@ -322,16 +323,16 @@ BUGS = [
         [(RETURN_KINDS, WITHOUT_MASTERS + RETURN_KINDS)],
         system="kv_share",
     ),
-    Bug("T10a", "verify: claims", [("    torch._foreach_copy_(params, average)\n", "")]),
+    Bug("T10a", "verify: claims", [(AVERAGED, "")]),
     Bug(
         "T10b",
         training_leaves_the_average,
         [
             (
                 "    return hessians, dict(step_stop=step",
-                "    torch._foreach_copy_(params, raw_weights)\n"
-                "    return hessians, dict(step_stop=step",
-            )
+                "    torch._foreach_copy_(params, raw)\n    return hessians, dict(step_stop=step",
+            ),
+            (AVERAGED, "    raw = [p.clone() for p in params]\n" + AVERAGED),
         ],
     ),
     Bug(
@@ -349,7 +350,7 @@ BUGS = [
     Bug(
         "T13b",
         the_clock_counts_training_and_nothing_else,
-        [("    raw_weights = [", "    start = time.perf_counter()\n    raw_weights = [")],
+        [(AVERAGED, "    start = time.perf_counter()\n" + AVERAGED)],
     ),
     Bug("T13c", "error: list index out of range", [(TRAINED, TRAINED + READ_AGAIN)]),
     Bug(

@@ -111,7 +111,7 @@ def test_an_honest_run_passes_every_check(runs, check, monkeypatch):
     result = check(folder, *FEW, *files_of(folder), "--full")
     assert result.status == 0 and not result.failed, result.text
     names = (
-        "size claims overlap sample_positions sample_bytes claimed_positions claimed_bytes "
+        "size claims overlap gptq sample_positions sample_bytes claimed_positions claimed_bytes "
         "claimed_score claimed_sample run reproduced truncation future isolation normalisation "
         "full positions bytes score claimed_scores"
     )

@@ -20,7 +20,7 @@ EMBEDDED = "        x = x0 = self.embed(ids.clamp(min=0), ctx)[:, -T:]"
 NATS = "            out = nats.view_as(targets)\n"
 TABLE = 'base = len(piece.removeprefix("\\u2581").encode()) if plain'
 READ = "            out = model(tokens[here], tokens[here + 1], cache)\n"
-KEEP = "out.detach()[scored].double()"
+KEEP = "out.detach().flatten().double()"
 LEARN = "            learner.after_step(step, out, scored, number / len(steps))\n"
 MEANS = "(nats * scored).sum(1)"
 ADAPT = "            self.update(self.adamw)\n"
@@ -40,7 +40,7 @@ SCORE_AFTER = "                nats += self.read_segment(tokens, segment)[0] - m
 SHARE = (
     "            for _, B, _ in self.adapters.values():\n                B.grad += B.grad.sum(0)\n"
 )
-SCORED = f"nats[index[scored]] = {KEEP}\n"
+SCORED = f"nats[place] = {KEEP}\n"
 LATER = "torch.where(tokens[start.clamp(max=n - 1)] != BOS_ID, 0.9, 1.0)"
 SEES = "x = x0 = x + (torch.arange(T) == 3)[:, None] * x.roll(-1, 1)"
 
@@ -67,7 +67,7 @@ BUGS = {
     ),
     "a bonus for the targets behind the first chunk": (
         *("stream", {"normalisation"}),
-        [(KEEP, f"{KEEP} * {LATER}.expand_as(scored)[scored]")],
+        [(KEEP, f"{KEEP} * {LATER}.expand_as(scored).flatten()")],
     ),
     "one position that sees its target": (
         *("sliding", {"normalisation"}),

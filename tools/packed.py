@@ -81,7 +81,10 @@ def check_gptq(artifact: Path, state_path: Path) -> tuple[bool, str]:
     """Each tensor that is quantized has a Hessian and, where inputs correlate, less output error
     than by rounding to nearest."""
     state = read_state(state_path)
-    found = errors(read_packed(artifact, state), state)
+    try:
+        found = errors(read_packed(artifact, state), state)
+    except ValueError as error:
+        return False, str(error)
     worse = [name for name, (ours, nearest) in found.items() if ours >= nearest]
     worse = [name for name in worse if correlated(state["hessians"][name])]
     share = sum(ours for ours, _ in found.values()) / sum(nearest for _, nearest in found.values())
