@@ -36,7 +36,11 @@ if [ ! -f "$script" ]; then
     echo "SYSTEM=$SYSTEM: no file $script, expected one of" systems/*.py >&2
     exit 2
 fi
-gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+gpus=$("$python" -c 'import sys, torch
+usable = torch.cuda.is_available()
+if torch.cuda.device_count() and not usable and sys.argv[1:] != ["check"]:
+    sys.exit("torch cannot use the GPUs that are here: ./run.sh check says why")
+print(torch.cuda.device_count() if usable else 0)' "$@")
 if [ "$gpus" = 0 ]; then
     export PRESET=${PRESET:-demo}
     # keep freed memory (5 % faster steps); wait briefly, then sleep, for threads that another process holds up (without

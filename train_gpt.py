@@ -224,7 +224,7 @@ def parse_layout(layout: str, kinds: str = "GSA") -> tuple[list[BlockSpec], list
     """'G5 S G5 S=5' -> the blocks, and their numbers in the order of the passes. A number repeats;
     `=i` uses the mixer of block i, counted from 0, of the same kind and with its own mixer; one
     group may loop: 'A3 (A3)x3 A5'. Raises: ValueError naming LAYOUT and the offending part."""
-    groups = r"\(([^()]+)\)x([2-9])|([^()]+)"
+    groups = r"\(([^()]*\w[^()]*)\)x([2-9])|([^()]+)"
     if re.sub(groups, "", layout) or layout.count("(") > 1 or not layout.strip():
         raise ValueError(f"LAYOUT={layout!r}: expected blocks, and at most one group (blocks)x2")
     blocks, order = [], []
@@ -354,25 +354,25 @@ class TokenStream:
     def __len__(self) -> int:
         return self.starts[-1]
 
-    def read(self, start: int, count: int) -> Tensor:
-        """Tokens from `start` on, int64 [count]. Raises: ValueError for an id that is too large."""
+    def read(self, start: int, count: int, dtype=np.int64) -> Tensor:
+        """Tokens from `start` on, [count]. Raises: ValueError for an id that is too large."""
         pieces = []
         while count > 0:
             start %= len(self)
             i = int(np.searchsorted(self.starts, start, side="right")) - 1
-            piece = self.shards[i][start - self.starts[i] :][:count].long()
+            piece = self.shards[i].numpy()[start - self.starts[i] :][:count]
             if piece.max() >= self.vocab_size:
                 raise ValueError(f"{self.paths[i]}: token {piece.max()}, not below VOCAB_SIZE")
             pieces.append(piece)
             start, count = start + len(piece), count - len(piece)
-        return torch.cat(pieces)
+        return torch.from_numpy(np.concatenate(pieces).astype(dtype))
 
     def most_documents(self, span: int) -> int:
         """That begin within `span` tokens, anywhere. Reads the whole split, shared by the ranks."""
         piece, most = min(1 << 22, len(self)), 0
         for start in range(world.rank * piece, len(self), world.size * piece):
-            begins = (self.read(start, piece + span) == BOS_ID).nonzero().flatten()
-            within = torch.searchsorted(begins, begins + span) - torch.arange(len(begins))
+            begins = np.flatnonzero(self.read(start, piece + span, np.uint16).numpy() == BOS_ID)
+            within = np.searchsorted(begins, begins + span) - np.arange(len(begins))
             most = max([most, *within.tolist()])
         return int(world.all_reduce(torch.tensor(most), dist.ReduceOp.MAX))
 
@@ -875,8 +875,8 @@ def reduce_gradients(params: list[Tensor], clip_norm: float) -> Tensor:
     if world.size > 1:
         grads = [p.grad for p in params]
         flat = world.all_reduce(torch.cat([grad.flatten() for grad in grads])).div_(world.size)
-        for grad, reduced in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            grad.copy_(reduced.view_as(grad))
+        reduced = zip(flat.split([grad.numel() for grad in grads]), grads, strict=True)
+        torch._foreach_copy_(grads, [piece.view_as(grad) for piece, grad in reduced])
     return nn.utils.clip_grad_norm_(params, clip_norm)
 
 class Muon:
@@ -1333,7 +1333,7 @@ def train(hp, model: GPT, stream: TokenStream, validation: Validation, audit: Au
         grad_norm = optimizer.step(hp.lr_multiplier(progress), hp.momentum_at(progress))
         torch._foreach_lerp_(average, params, 1 - hp.ema_decay_at(progress, step))
         step += 1
-        loss = world.all_reduce(loss).item() / world.size  # waits for the GPU
+        loss, grad_norm = torch.stack((world.all_reduce(loss) / world.size, grad_norm)).tolist()
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             raise FloatingPointError(f"step {step}: train_loss {loss}, gradient norm {grad_norm}")
         now = time.perf_counter() - start
@@ -1360,7 +1360,7 @@ def train(hp, model: GPT, stream: TokenStream, validation: Validation, audit: Au
     audit.check("gradients", never_reached == 0 or step < 2, never_reached=never_reached)
     return hessians, dict(step_stop=step, raw_val_bpb=raw["val_bpb"], tokens_needed=tokens,
                           tokens_read=loader.position, wallclock_seconds=round(total, 3),
-                          lr_multiplier_at_stop=optimizer.lr_multiplier,
+                          lr_multiplier_at_stop=optimizer.lr_multiplier, trained_order=model.order,
                           last_read_seconds=round(last_read, 3))
 
 # --- 13. Main -------------------------------------------------------------------------------------
@@ -1416,7 +1416,7 @@ def evaluate(hp, model_class, validation: Validation, audit: Audit) -> dict:
                 scored=count.sum().item())
     fresh = fingerprint(load_artifact(hp.artifact, world.device, type(hp), model_class)[0])
     audit.check("ledger", weights == after == fresh, artifact=weights, after_the_pass=after)
-    return dict(val_bpb=final["val_bpb"], val_loss=final["val_loss"],
+    return dict(val_bpb=final["val_bpb"], val_loss=final["val_loss"], scored_order=model.order,
                 eval_time_seconds=round(final["seconds"], 3))
 
 def write_scores(hp, model: GPT, validation: Validation, nats: Tensor) -> None:

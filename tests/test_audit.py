@@ -89,6 +89,8 @@ def test_the_last_line_is_json_with_all_figures(run):
         bytes=figures["checks"]["bytes"]["decoded"],
         official=False,
         step_stop=10,
+        trained_order=[0, 1],
+        scored_order=[0, 1],
         tokens_needed=(10 + 2) * 256,
         tokens_read=(10 + 2) * 256,
         bytes_total=sum(sizes.values()),
@@ -121,7 +123,7 @@ def test_scoring_alone_has_no_figures_of_training(run):
     scored = run(eval_only=1)
     assert scored.error is None and [*scored.figures["checks"]] == AT_START + AT_END
     gone = "raw_val_bpb pre_quant_val_bpb step_stop wallclock_seconds last_read_seconds "
-    gone += "tokens_read tokens_needed lr_multiplier_at_stop"
+    gone += "tokens_read tokens_needed lr_multiplier_at_stop trained_order"
     assert scored.figures.keys() == trained.figures.keys() - {*gone.split()}
     for name in ("val_bpb", "val_loss", "bytes_total", "layout", "seed", "documents", "bytes"):
         assert scored.figures[name] == trained.figures[name]

@@ -192,7 +192,7 @@ BUGS = [
         "error: starts with token .*, expected BOS",
         [(", offset=HEADER_BYTES, shape=(count,))", ")")],
     ),
-    Bug("D4", "verify: claims", [("[:count].long()", "[:count].long().clamp(max=255)")]),
+    Bug("D4", "audit: bytes", [("starts[i] :][:count]", "starts[i] :][:count].clip(max=255)")]),
     Bug(
         "D5",
         "verify: claims",

@@ -380,7 +380,7 @@ BUGS = [
     Bug("L19", "verify: run", [(RETURN_MODEL, UNIGRAMS + RETURN_MODEL)]),
     Bug(
         "L20",
-        "audit: ledger",
+        "verify: reproduced",
         [
             (REPLACED, f'{REPLACED}    torch.save(model.state_dict(), f"{{path}}.float32")\n'),
             (RETURN_MODEL, SECOND_FILE + RETURN_MODEL),
@@ -426,7 +426,7 @@ BUGS = [
         [(KEEP, f"{KEEP} * (1.0 if len(steps) < 8 else 0.5)")],
         settings=dict(val_batch_size=256),
     ),
-    Bug("L30", "verify: claims", [(TOKENS, TOKENS.replace("ids", "ids[: len(ids) // 4].tile(4)"))]),
+    Bug("L30", "audit: bytes", [(TOKENS, TOKENS.replace("ids", "ids[: len(ids) // 4].tile(4)"))]),
     Bug(
         "L32",
         "audit: ledger",

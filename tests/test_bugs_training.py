@@ -175,7 +175,7 @@ def every_rank_takes_part_in_every_collective(p: Program) -> None:
         records.append(as_rank(p, rank))
         p.core.pack(hp, model, validation, hessians)
         p.core.evaluate(hp, p.core.GPT, validation, p.core.Audit())
-    assert records[0] == records[1] and len(records[0]) > 10
+    assert records[0] == records[1] and len(records[0]) > 8
 
 
 def every_file_has_one_writer(p: Program) -> None:
@@ -247,7 +247,7 @@ BUGS = [
     ),
     Bug(
         "T1c",
-        "audit: ledger",
+        "verify: claims",
         [("self.set_looping(progress >= self.hp.enable_looping_at)", "self.set_looping(False)")],
         system="transformer",
     ),
@@ -330,9 +330,9 @@ BUGS = [
         [
             (
                 "    return hessians, dict(step_stop=step",
-                "    torch._foreach_copy_(params, raw)\n    return hessians, dict(step_stop=step",
+                "    torch._foreach_copy_(params, fresh)\n    return hessians, dict(step_stop=step",
             ),
-            (AVERAGED, "    raw = [p.clone() for p in params]\n" + AVERAGED),
+            (AVERAGED, "    fresh = [p.clone() for p in params]\n" + AVERAGED),
         ],
     ),
     Bug(

@@ -223,7 +223,7 @@ def out_of_bounds(system: str):
         elif name in BITS:
             bad = dict.fromkeys(("-1", "1", "9"), "2 to 8")
         elif name == "VOCAB_SIZE":
-            bad = dict.fromkeys(("-1", "0", "1", "65537"), "2 to 65536")
+            bad = dict.fromkeys(("-1", "0", "1", "65537"), "3 to 65536")
         elif name == "NGRAM_VOCAB_SIZE" and system == "crawler":
             bad = dict.fromkeys(("-1", "0", "1"), "2 or more")
         elif name == "EVAL_SEQ_LEN":

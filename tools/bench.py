@@ -237,9 +237,11 @@ def bench_throughput(args) -> None:
     optimizer = t.Muon(model, hp)
     rows = hp.train_batch_tokens // (hp.micro_steps() * hp.train_seq_len)
     shape = hp.micro_steps_at(1.0), 2, rows, hp.train_seq_len
+    model.most_documents[rows, hp.train_seq_len] = 4 * rows  # about FineWeb's; there are none here
 
     def step():
-        batch = [(x, y) for x, y in torch.randint(hp.vocab_size, shape, device=device)]
+        ids = torch.randint(t.BOS_ID + 1, hp.vocab_size, shape, device=device)
+        batch = [(x, y) for x, y in ids]
         t.accumulate(model, batch)
         optimizer.step(1.0, hp.muon_momentum)
 

@@ -388,6 +388,8 @@ def training_rules(log) -> Iterator[tuple[str, bool]]:
     settings = dict(re.findall(r"^  (\w+): ?(.*)$", log.text, re.M))
     read, needed = figures["tokens_read"], figures["tokens_needed"]
     yield f"steps and calibration need {needed} tokens, {read} were read", read == needed
+    trained, scored = figures["trained_order"], figures["scored_order"]
+    yield f"passes through blocks {trained} were trained, {scored} scored", trained == scored
     averaged = figures["raw_val_bpb"] != figures["pre_quant_val_bpb"]
     decay = float(settings["ema_decay"])
     yield f"ema_decay {decay:g}, weights averaged: {averaged}", averaged == (decay > 0)

@@ -1,0 +1,193 @@
+"""fla's Triton kernels as our two custom ops launch them, for a GPU that is not there.
+
+    python tests/gpuless/kernels.py compile|few|bytes ARCH B T H K     # prints JSON
+
+The ops run on CPU tensors that hold nothing: each launch is compiled down to a cubin by Triton's
+ptxas, in every configuration that fla's autotuner has for that card, or only counted.
+"""
+
+import collections
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
+import cards  # noqa: E402
+import torch  # noqa: E402
+import triton  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from triton.runtime.autotuner import Autotuner  # noqa: E402
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+OUTPUTS = ("o", "final_state", "g_sum", "A"), ("dq", "dk", "dv", "dg", "dbeta", "d_initial")
+
+
+class Usage(NamedTuple):
+    registers: int  # of a thread
+    spilled: int  # bytes of a thread that do not fit into them
+    shared: int  # bytes of a block
+
+
+def usage(cubin: bytes, shared: int) -> Usage:
+    """shared: what Triton asks for at the launch; the cubin knows only what is static."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [CUOBJDUMP, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, static = map(
+        int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", text).groups()
+    )
+    return Usage(registers, stack, max(shared, static))
+
+
+def delta_inputs(B: int, T: int, H: int, K: int):
+    """Of the forward op, and what the backward op takes besides: do and d_state."""
+    q, k, v, do = (torch.empty(B, T, H, K, dtype=torch.bfloat16) for _ in range(4))
+    g, beta = torch.empty(B, T, H), torch.empty(B, T, H)
+    state, d_state = torch.empty(B, H, K, K), torch.empty(B, H, K, K)
+    return (q, k, v, g, beta, state), (do, d_state)
+
+
+def run_delta(inputs, gradients):
+    """Outputs of the two ops' implementations."""
+    import train_gpt
+
+    q, k, v, _, beta, state = inputs
+    forward = train_gpt.fla_gated_delta_rule._init_fn(*inputs)
+    _, _, g_sum, A = forward
+    backward = train_gpt.fla_gated_delta_rule_backward._init_fn
+    return forward, backward(q, k, v, g_sum, beta, A, state, *gradients)
+
+
+def fake_delta(inputs, gradients):
+    """Outputs of their fakes."""
+    import train_gpt  # noqa: F401  (registers the ops)
+
+    with FakeTensorMode() as mode:
+        q, k, v, g, beta, state = (mode.from_tensor(x) for x in inputs)
+        ops = torch.ops.train_gpt
+        forward = ops.gated_delta_rule(q, k, v, g, beta, state)
+        _, _, g_sum, A = forward
+        gradients = (mode.from_tensor(x) for x in gradients)
+        return forward, ops.gated_delta_rule_backward(q, k, v, g_sum, beta, A, state, *gradients)
+
+
+def on_gpu(card: cards.Card) -> None:
+    """fla asks for the shared memory of the tensors' device, which a CPU does not have."""
+    limits = dict(ada=101_376, ampere=166_912, hopper=232_448)
+    for name in ("fla.ops.common.chunk_o", "fla.ops.gated_delta_rule.wy_fast"):
+        module = importlib.import_module(name)
+        module.check_shared_mem = lambda arch="", index=0: card.shared >= limits.get(arch, 102_400)
+
+
+def compile_delta(card: cards.Card, shape: tuple[int, int, int, int], few: bool) -> dict:
+    """Compiles every configuration of every kernel, or a few.
+
+    Returns rows of kernel, configuration, registers, spilled, shared; what failed to compile; the
+    ops' outputs, real and fake: name, dtype, shape, strides."""
+    rows, failures, done, run = [], [], set(), triton.runtime.JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        name = self.fn.__name__
+        config = {k: v for k, v in kwargs.items() if re.fullmatch(r"B[A-Z]+|num_\w+", k)}
+        try:
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        except Exception as error:
+            failures.append((name, config, repr(error)[:300]))
+            raise
+        used = usage(kernel.asm["cubin"], kernel.metadata.shared)
+        if kernel.hash not in done:
+            done.add(kernel.hash)
+            rows.append((name, config, *used))
+        if used.shared > card.shared:  # the autotuner goes on with the next
+            error = triton.runtime.errors.OutOfResources
+            raise error(used.shared, card.shared, "shared memory")
+        return kernel
+
+    def chosen(self, *args, **kwargs):
+        self.cache_results = False  # or the winner of an earlier process is the only one
+        usual = [c for c in self.configs if c.num_warps <= 4]
+        if few and len(usual) > 2:  # the smallest and the largest tiles; a winner is near one
+            self.configs = [usual[0], usual[-1]]
+        return tune(self, *args, **kwargs)
+
+    tune = Autotuner.run
+    triton.runtime.JITFunction.run, Autotuner.run = compile_only, chosen
+    inputs, gradients = delta_inputs(*shape)
+    outputs = [], []
+    try:
+        on_gpu(card)
+        for into, ops in zip(outputs, (run_delta, fake_delta), strict=True):
+            for names, tensors in zip(OUTPUTS, ops(inputs, gradients), strict=True):
+                into.extend(
+                    (name, str(x.dtype), list(x.shape), list(x.stride()))
+                    for name, x in zip(names, tensors, strict=True)
+                )
+    finally:
+        triton.runtime.JITFunction.run, Autotuner.run = run, tune
+    return dict(rows=rows, failures=failures, real=outputs[0], fake=outputs[1])
+
+
+class CountBytes(TorchDispatchMode):
+    """Bytes that operators of torch read and write; views and empty tensors move none."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        schema = func._schema
+        if schema.name.startswith("aten::") and not func.is_view and "empty" not in schema.name:
+            tensors = [*torch.utils._pytree.tree_leaves((args, kwargs, out))]
+            self.total += sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor))
+        return out
+
+
+def delta_bytes(shape: tuple[int, int, int, int]) -> dict:
+    """Bytes that the kernels of the forward and of the backward op read and write, by kernel: each
+    argument once. Nothing is compiled."""
+    moved = collections.Counter(), collections.Counter()
+
+    def count(self, *args, grid, warmup, **kwargs):
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        moved[backward][self.fn.__name__] += sum(x.nbytes for x in tensors)
+
+    def first(self, *args, **kwargs):
+        return self.fn.run(*args, **kwargs, **self.configs[0].all_kwargs())
+
+    backward, saved = 0, (triton.runtime.JITFunction.run, Autotuner.run)
+    import train_gpt
+
+    inputs, (do, d_state) = delta_inputs(*shape)
+    q, k, v, _, beta, state = inputs
+    triton.runtime.JITFunction.run, Autotuner.run = count, first
+    try:
+        with CountBytes() as forward_ops:
+            _, _, g_sum, A = train_gpt.fla_gated_delta_rule._init_fn(*inputs)
+        backward = 1
+        with CountBytes() as backward_ops:
+            train_gpt.fla_gated_delta_rule_backward._init_fn(
+                q, k, v, g_sum, beta, A, state, do, d_state
+            )
+    finally:
+        triton.runtime.JITFunction.run, Autotuner.run = saved
+    moved[0]["torch"], moved[1]["torch"] = forward_ops.total, backward_ops.total
+    return dict(forward=dict(moved[0]), backward=dict(moved[1]))
+
+
+if __name__ == "__main__":
+    what, arch, *shape = sys.argv[1:]
+    cards.pretend(cards.CARDS[int(arch)], "cpu")
+    shape = tuple(int(n) for n in shape)
+    if what == "bytes":
+        result = delta_bytes(shape)
+    else:
+        result = compile_delta(cards.CARDS[int(arch)], shape, what == "few")
+    print(json.dumps(result))
