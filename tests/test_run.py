@@ -317,6 +317,16 @@ def calibrated(tmp_path, tiny):
     return hp, model, model.calibrate([*batch])
 
 
+def test_a_log_is_begun_where_there_is_no_nvidia_smi(tmp_path, monkeypatch):
+    """As in containers whose driver is mounted without its tools."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(train_gpt.world, "device", torch.device("cuda", 0))
+    train_gpt.init_log(train_gpt.Hyperparameters(run_id="bare"), [ROOT / "train_gpt.py"])
+    train_gpt.log.handlers.clear()
+    assert " device:cuda " in (tmp_path / "logs" / "bare.txt").read_text()
+
+
 def test_the_artifact_is_written_before_anything_else_can_fail(tmp_path, monkeypatch, tiny):
     hp, model, hessians = calibrated(tmp_path, tiny)
 
