@@ -21,6 +21,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 IS_FULL = os.environ.get("GPULESS") == "full"
+TABLE = "summary" if IS_FULL else "table"  # a summary is printed at the end
 LIMIT = cards.H100.shared
 SPILLED = 128  # bytes of a thread, at most, in the best configuration of a kernel on an H100
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="Triton is for Linux")
@@ -74,7 +75,7 @@ def test_fla_compiles_and_fits(card, shape, record_property):
         assert card.arch != 90 or len(rows) - len(fits) <= 1, rows
         if card.arch == 90:
             assert min(row[2] for row in fits) <= SPILLED, (name, fits)
-        record_property("summary", fla_line(card, shape, name, rows))
+        record_property(TABLE, fla_line(card, shape, name, rows))
     # what compiles around the op relies on its fakes
     assert found["real"] == found["fake"]
 
@@ -166,7 +167,7 @@ def test_inductors_kernels_compile_and_fit(system, mode, progress, layout, recor
         side = "backward" if graph["backward"] else "forward"
         binaries = [config for *_, configs in graph["kernels"] for config in configs]
         record_property(
-            "summary",
+            TABLE,
             f"{system} {mode} {progress:g} {layout}, {side}: {len(graph['kernels'])} kernels in "
             f"{len(binaries)} binaries, {graph['launches']} launches, "
             f"{graph['bytes'] / 1e9:.2f} GB; {graph['products']} products, "
@@ -178,7 +179,7 @@ def test_inductors_kernels_compile_and_fit(system, mode, progress, layout, recor
             assert max(shared for *_, shared in configs) <= LIMIT, (name, configs)
             assert min(spilled for _, _, spilled, _ in configs) <= SPILLED, (name, configs)
             record_property(
-                "summary",
+                TABLE,
                 f"    {launches} x {moved / 1e9:.3f} GB, registers "
                 f"{'/'.join(str(c[1]) for c in configs)}, spilled "
                 f"{'/'.join(str(c[2]) for c in configs)}: {name}",
