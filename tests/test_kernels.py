@@ -556,4 +556,5 @@ def test_window_attention_on_the_gpu_equals_the_cpu(window):
             *torch.autograd.grad((out.float() * weights.to(device)).sum(), inputs),
         ]
     for x, y in zip(results["cuda"], results["cpu"], strict=True):
-        assert rms_ratio(x, y) < 0.02
+        # bf16 alone makes 0.0043 on a CPU, a window of 99 instead of 100 makes 0.026
+        assert rms_ratio(x, y) < 0.011

@@ -369,5 +369,7 @@ def test_the_model_compiles_into_one_graph_on_the_gpu(tiny, lively):
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
         losses.append([loss.detach().double(), gradient.double()])
         model.zero_grad()
-    for compiled, eager in zip(*losses, strict=True):
-        assert compiled.isfinite().all() and (compiled - eager).norm() < 0.05 * eager.norm()
+    # bf16 moves this loss by 0.00035 and its gradient by 0.14 of their norms, on a CPU; a state
+    # that crosses documents by 0.0032 and 0.34, a window one too short by 0.0029 and 0.43
+    for compiled, eager, limit in zip(*losses, (0.001, 0.22), strict=True):
+        assert compiled.isfinite().all() and (compiled - eager).norm() < limit * eager.norm()
