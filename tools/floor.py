@@ -60,6 +60,7 @@ class Part(NamedTuple):
     attention_flops: int = 0
     attention_seconds: float = 0.0
     saved: int = 0  # bytes kept for the backward
+    peak: int = 0  # bytes alive at once, weights and what is saved included
 
     def __add__(self, other):
         return Part(*(a + b for a, b in zip(self, other, strict=True)))
@@ -105,6 +106,7 @@ def part_of(graph: inductor.Graph, delta: dict) -> Part:
         sum(attention),
         sum(attention) / ATTENTION,
         sum(graph.saved.values()),
+        graph.peak,
     )
 
 
@@ -232,7 +234,9 @@ def floor(system: str, fast: bool) -> None:
         seconds = times * (forward + backward).seconds() + after
         print(
             f"lower bound of a step from progress {progress:g}: {1e3 * seconds:.1f} ms "
-            f"({times} x forward and backward, optimizer, collectives)"
+            f"({times} x forward and backward, optimizer, collectives); at most "
+            f"{max(forward.peak, backward.peak) / 1e9:.1f} GB alive in a pass, besides gradients, "
+            "momentum and averages"
         )
     for kind, layouts in ({} if fast else STACKS[system]).items():
         (less, passes), (more, more_passes) = (stack(module, layout) for layout in layouts)

@@ -52,6 +52,7 @@ for name, answer in dict(
     setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
 
 import torch._inductor.config as inductor_config  # noqa: E402
+import torch._inductor.memory as memory  # noqa: E402
 from torch._functorch.aot_autograd import make_boxed_func  # noqa: E402
 from torch._inductor.async_compile import AsyncCompile  # noqa: E402
 from torch._inductor.codecache import PyCodeCache  # noqa: E402
@@ -95,6 +96,7 @@ class Graph(NamedTuple):
     externs: list[Extern]
     saved: dict[str, int]  # bytes of the activations that the backward takes, by their node
     module: torch.fx.GraphModule
+    peak: int  # bytes alive at once, inputs included, by Inductor's estimate
 
     def kernel_bytes(self) -> dict[str, int]:
         """Bytes that one launch of each kernel reads and writes: its buffers, once each."""
@@ -107,6 +109,7 @@ class Graph(NamedTuple):
 
 
 graphs: list[Graph] = []  # in the order of compilation
+peaks: list[int] = []  # of the orders that Inductor considers for a graph; it takes the lowest
 current = types.SimpleNamespace(kernels={}, externs=[], code="")  # of the graph being compiled
 
 
@@ -197,7 +200,16 @@ def deduce_on_cpu(self, node):  # constants are computed, which nothing can on t
 
 
 triton_helpers.set_driver_to_gpu = lambda: None
+
+
+def record_peak(*args):
+    peak, timeline = estimate_peak(*args)
+    peaks.append(peak)
+    return peak, timeline
+
+
 codegen, write = Scheduler.codegen, PyCodeCache.write.__func__
+estimate_peak, memory.estimate_peak_memory = memory.estimate_peak_memory, record_peak
 deduce = UniformValueConstantFolder._deduce_value
 AsyncCompile.triton, Scheduler.codegen = record_source, record_externs
 SIMDKernel.estimate_kernel_num_bytes = moved
@@ -222,6 +234,7 @@ def lower(gm, example_inputs, **kwargs):
     """compile_fx's inner compiler: records a graph. The graph itself then runs on fake tensors."""
     global in_inductor
     current.kernels, current.externs, current.code = {}, [], ""
+    peaks.clear()
     saved = {} if kwargs.get("is_backward") else saved_for_backward(gm)
     in_inductor = True
     try:
@@ -230,7 +243,9 @@ def lower(gm, example_inputs, **kwargs):
         in_inductor = False
     launches = Counter(re.findall(r"^ +(triton_\w+)\.run\(", current.code, re.M))
     backward = bool(kwargs.get("is_backward"))
-    graphs.append(Graph(backward, current.kernels, launches, current.externs, saved, gm))
+    graphs.append(
+        Graph(backward, current.kernels, launches, current.externs, saved, gm, min(peaks))
+    )
     return make_boxed_func(gm.forward)
 
 
@@ -313,6 +328,7 @@ def table_of(graph: Graph) -> dict:
         products=len(products),
         flops=sum(extern.flops for extern in products),
         saved=sum(graph.saved.values()),
+        peak=graph.peak,
         kernels=[(name, graph.launches[name], sizes[name], usages[name]) for name in names],
     )
 

@@ -174,7 +174,8 @@ def test_inductors_kernels_compile_and_fit(system, mode, progress, layout, recor
             f"{system} {mode} {progress:g} {layout}, {side}: {len(graph['kernels'])} kernels in "
             f"{len(binaries)} binaries, {graph['launches']} launches, "
             f"{graph['bytes'] / 1e9:.2f} GB; {graph['products']} products, "
-            f"{graph['flops'] / 1e12:.3f} TFLOP; saved {graph['saved'] / 1e9:.2f} GB; registers up "
+            f"{graph['flops'] / 1e12:.3f} TFLOP; saved {graph['saved'] / 1e9:.2f} GB, "
+            f"at most {graph['peak'] / 1e9:.2f} GB alive; registers up "
             f"to {max(c[1] for c in binaries)}, shared up to {max(c[3] for c in binaries)}",
         )
         for name, launches, moved, configs in graph["kernels"]:
