@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # ./run.sh        set up, get data, train, quantize, pack, score, verify, write submission.json
 # ./run.sh check  set up, get data, then forecast from a few steps whether the run would end well here, and when
-# ./run.sh test   set up, then run the tests on all cores
+# ./run.sh test   set up, then run the tests on all cores; ./run.sh test slow: the long form of tests/gpuless
 #
 # Every hyperparameter is an environment variable (MAX_WALLCLOCK_SECONDS=60 ./run.sh); SYSTEM names a file
 # of systems/ to run instead of the record. Without a GPU the preset is `demo`, on text that needs no network.
@@ -21,12 +21,14 @@ fi
 python=$venv/bin/python
 
 if [ "${1:-}" = test ]; then
+    # slow: the CUDA path with all layouts and all configurations of kernels, and its tables
+    [ "${2:-}" != slow ] || { export GPULESS=full; set -- test tests/gpuless "${@:3}"; }
     "$python" -m ruff check .
     "$python" -m ruff format --check --quiet . || { "$python" -m ruff format --diff --quiet .; exit 1; }
     # a worker a core, each with one thread (tests/conftest.py); a file's tests stay with what they share
     exec "$python" -m pytest -n auto --maxprocesses 16 --dist loadfile "${@:2}"
 elif [ $# -gt 0 ] && [ "$*" != check ]; then
-    echo "usage: ./run.sh [check | test [pytest arguments]]; settings are environment variables" >&2
+    echo "usage: ./run.sh [check | test [slow] [pytest arguments]]; settings are environment variables" >&2
     exit 2
 fi
 

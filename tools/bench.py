@@ -4,6 +4,7 @@ or needed to train.
     python tools/bench.py --delta         # gated_delta_rule against fla's naive chunk function
     python tools/bench.py --size          # parameters and estimated bytes of every system
     python tools/bench.py --throughput    # training tokens/s of SYSTEM, and the matmul floor
+    python tools/bench.py --floor         # a step's lower bound on 8 H100, see tools/floor.py
     python tools/bench.py --systems       # each at toy size: same parameters, tokens and seeds
     python tools/bench.py --evaluation    # ARTIFACT scored by windows, as a stream, while learning
     python tools/bench.py --evaluation --train-script systems/NAME.py    # that of another system
@@ -492,12 +493,18 @@ def bench_evaluation(args) -> None:
         print_curve([*results], folder, starts)
 
 
+def bench_floor(args) -> None:
+    """In a process of its own, which believes that it has a GPU."""
+    subprocess.run([sys.executable, Path(__file__).with_name("floor.py"), "--fast"], check=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
-    for bench in (bench_delta, bench_size, bench_throughput, bench_systems, bench_evaluation):
+    benches = bench_delta, bench_size, bench_throughput, bench_floor, bench_systems
+    for bench in (*benches, bench_evaluation):
         name = bench.__name__.removeprefix("bench_")
         what.add_argument(f"--{name}", dest="bench", action="store_const", const=bench)
     seeded = ", ".join(SEEDED)
