@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -27,6 +28,7 @@ LIMIT = cards.H100.shared
 # elsewhere: 624 of crawler's chunk_bwd_kernel_dqkwg, up to 1,048 of some of transformer's
 SPILLED, SPILLED_ELSEWHERE = 128, 1280
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="Triton is for Linux")
+fakes = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")  # which fake_cuda.py needs
 full = pytest.mark.skipif(not IS_FULL, reason="GPULESS=full runs it")
 
 TRAINING = 48, 2048, 8, 64  # [B, T, H, K] of a micro-batch of record; kv_share and pure_gdn differ
@@ -122,6 +124,7 @@ def inductor_cases():
         yield pytest.param(system, mode, progress, "all", id=label, marks=full)
 
 
+@fakes
 def test_bytes_of_a_kernel_that_reads_a_slice_at_two_shifts():
     """The slice is read once, the rest of its rows never: tools/floor.py rests on that."""
     script = f"""
@@ -157,6 +160,7 @@ def linear_weights(system: str, layout: str, progress: float) -> int:
     )
 
 
+@fakes
 @pytest.mark.parametrize("system, mode, progress, layout", list(inductor_cases()))
 def test_inductors_kernels_compile_and_fit(system, mode, progress, layout, record_property):
     graphs = run("inductor.py", system, mode, progress, layout)
