@@ -27,6 +27,11 @@ def documents_of(tokens: torch.Tensor) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], n], strict=True))
 
 
+def count_documents(doc: torch.Tensor) -> int:
+    """doc: [B, T] numbers of documents; each row begins one."""
+    return len(doc) + (doc[:, 1:] != doc[:, :-1]).sum().item()
+
+
 def read_by_ranks(docs, chunk: int, rows: int, size: int) -> list[list[list[tuple[int, int]]]]:
     """What each row of each rank reads in each step, (start, end) or (0, 0): a document in chunks,
     in the first of all rows that has least to read."""

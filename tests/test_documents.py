@@ -7,7 +7,7 @@ import torch
 from corpus import write_corpus, write_shard
 from in_process import SMALL, modules_of, planted, run
 from learning import MODES, TEXT
-from streams import in_lockstep, text_of
+from streams import count_documents, in_lockstep, text_of
 from toys import SYSTEMS
 
 import train_gpt
@@ -18,18 +18,13 @@ SHORT = dict(eval_mode="stream", iterations=4, rope_dims=8, curriculum="0:1x32 0
 LENGTHS = [1, 1, 1, 40, 2, 1, 90, 3, 3, 1, 1, 1, 1, 1, 30, 7, 64, 1, 2, 21]
 
 
-def documents(doc) -> int:
-    """doc: [B, T] numbers of documents; each row begins one."""
-    return len(doc) + (doc[:, 1:] != doc[:, :-1]).sum().item()
-
-
 @pytest.fixture
 def calls(monkeypatch):
     """(documents, room for them, rows, tokens) of each call of attention."""
     found, attend = [], train_gpt.masked_window_attention
 
     def counted(q, k, v, window, doc, most):
-        found.append((documents(doc), most, *doc.shape))
+        found.append((count_documents(doc), most, *doc.shape))
         return attend(q, k, v, window, doc, most)
 
     monkeypatch.setattr(train_gpt, "masked_window_attention", counted)
@@ -107,7 +102,7 @@ def test_a_whole_run_has_room_for_very_short_documents(tmp_path, name):
     attend = core.masked_window_attention
 
     def counted(q, k, v, window, doc, most):
-        calls.append((documents(doc), most))
+        calls.append((count_documents(doc), most))
         return attend(q, k, v, window, doc, most)
 
     core.masked_window_attention = counted

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from streams import count_documents
 from torch._subclasses import FakeTensorMode
 
 import train_gpt
@@ -426,16 +427,11 @@ def varlen_on_cpu(monkeypatch):
     monkeypatch.setattr(train_gpt, "varlen_attn", varlen)
 
 
-def boundaries(doc):
-    """Documents of all rows, each of which begins one."""
-    return len(doc) + (doc[:, 1:] != doc[:, :-1]).sum().item()
-
-
 @pytest.mark.parametrize("window", [1, 5, 23, 24, 25, sys.maxsize])
 def test_packing_for_varlen_attention_equals_the_token_loop(varlen_on_cpu, window):
     q, k, v, doc = attention_inputs(24, B=3)
     for documents in (doc, torch.zeros_like(doc)):
-        out = varlen_window_attention(q, k, v, window, documents, boundaries(documents))
+        out = varlen_window_attention(q, k, v, window, documents, count_documents(documents))
         torch.testing.assert_close(out, loop_attention(q, k, v, window, documents))
 
 

@@ -99,13 +99,20 @@ def repacked(folder, *args):
     )
 
 
-def test_a_run_that_died_while_it_packed_goes_on(tmp_path):
+@pytest.mark.parametrize(
+    "name, settings, options",
+    [
+        ("train_gpt", dict(ttt="lora", eval_mode="stream"), []),
+        ("kv_share", {}, ["--train-script", "systems/kv_share.py"]),
+    ],
+)
+def test_a_run_that_died_while_it_packed_goes_on(tmp_path, name, settings, options):
     """The same artifact and the same score as without the accident, and all checks in one log."""
     done, dead = tmp_path / "done", tmp_path / "dead"
     done.mkdir(), dead.mkdir()
-    train(done, planted(tmp_path, "train_gpt"), iterations=6, ttt="lora", eval_mode="stream")
+    train(done, planted(tmp_path, name), iterations=6, **settings)
     shutil.copy(done / "model.ptz.trained.pt", dead)
-    result = repacked(dead, "model.ptz")
+    result = repacked(dead, "model.ptz", *options)
     assert result.returncode == 0, result.stderr
     assert (dead / "model.ptz").read_bytes() == (done / "model.ptz").read_bytes()
     old, new = (

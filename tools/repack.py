@@ -1,7 +1,7 @@
 """Goes on where a run stopped behind its training: quantizes, packs and scores what it had kept.
 
     python tools/repack.py final_model.int6.ptz
-    python tools/repack.py final_model.int6.ptz --script systems/NAME.py    # of another system
+    python tools/repack.py final_model.int6.ptz --train-script systems/NAME.py    # another system's
 
 Reads ARTIFACT.trained.pt. The log is logs/RUN_ID.repacked.txt; it ends with the figures of the
 whole run. Variables that say how an artifact is scored are read, as by EVAL_ONLY.
@@ -53,10 +53,10 @@ def main(argv: list[str] | None = None) -> int | str:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py")
+    parser.add_argument("--train-script", type=Path, default=ROOT / "train_gpt.py")
     args = parser.parse_args(argv)
     try:
-        repack(args.artifact, importlib.import_module(args.script.stem))
+        repack(args.artifact, importlib.import_module(args.train_script.stem))
     except (OSError, ValueError, RuntimeError) as error:
         return f"repack: error: {error}"
     return 0
