@@ -1,5 +1,6 @@
 """tools/record.py: what submission.json says of a run, and which logs it refuses."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -35,12 +36,13 @@ RUN = {
 TEXT = {"data_path": "data/sp8192", "documents": 50_000, "bytes": 151_080_000}
 CHECKS = {"text": {"passed": True, "sha256": "00"}, "size": {"passed": True}}
 FIGURES = RUN | SCORES | COSTS | TEXT | {"layout": "G S=2", "official": True, "checks": CHECKS}
+OLDER = '{"val_bpb": 1.2, "run_id": "older"}'
 VERIFIED = "verify: size passed 1040\nverify: score passed 1.06\nverify: all 2 passed\n"
 
 
 def log(figures=FIGURES, settings=(), sources=(SOURCE,), last=None) -> str:
     """A log: sources, versions, hyperparameters, audit, and figures or another last line."""
-    heads = [f"{head}\n{LINE}" for head in (*sources, "Running PyTorch 2.9.1")]
+    heads = [f"{head}\n{LINE}" for head in (*sources, "Running Python 3.11.7")]
     values = {"run_id": "run", "artifact": "model.ptz", "eval_only": "False", "scores": ""}
     values |= dict(settings)
     lines = [f"  {name}: {value}" for name, value in values.items()]
@@ -58,7 +60,7 @@ def folder(tmp_path, monkeypatch) -> Path:
         monkeypatch.delenv(name, raising=False)
     Path("logs").mkdir()
     Path("train_gpt.py").write_text(SOURCE)
-    Path("submission.json").write_text("older")
+    Path("submission.json").write_text(OLDER)
     return tmp_path
 
 
@@ -69,13 +71,17 @@ def written(text: str, *arguments: str) -> dict:
     return json.loads(Path("submission.json").read_text())
 
 
-def refused(text: str, *arguments: str) -> str:
-    """The reason for which a log of this text is refused; no file is left."""
-    Path("logs/run.txt").write_text(text)
+def refused(text: str | bytes, *arguments: str) -> str:
+    """The reason for which a log of this text is refused; no file is left but the older one, which
+    passes for no other run's."""
+    Path("logs/run.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    Path("submission.json").write_text(OLDER)
     before = set(Path().rglob("*")) - {Path("submission.json")}
     reason = record.main(["logs/run.txt", *arguments])
     assert reason and "\n" not in reason
-    assert set(Path().rglob("*")) == before
+    (kept,) = set(Path().rglob("*")) - before
+    assert kept.name.startswith("submission.json.old") and kept.read_text() == OLDER
+    assert reason.endswith(f"; an earlier submission.json is now {kept}")
     return reason
 
 
@@ -95,6 +101,7 @@ def test_an_official_run_stands_as_its_figures_say():
         "github_id": None,
         "name": "record: G S=2",
         "track": "10min_16mb",
+        "artifact_sha256": None,
         "own_text": None,
         "compliance": {
             "within_600_seconds_each": True,
@@ -147,7 +154,7 @@ def test_the_output_may_have_another_name():
     Path("logs/run.txt").write_text(log())
     assert record.main(["logs/run.txt", "--output", "other.json"]) is None
     assert json.loads(Path("other.json").read_text())["run_id"] == "run"
-    assert Path("submission.json").read_text() == "older"
+    assert Path("submission.json").read_text() == OLDER
 
 
 def test_no_temporary_file_is_left():
@@ -159,15 +166,15 @@ def test_no_temporary_file_is_left():
 def test_figures_settings_and_sources_are_read_from_their_parts_of_the_log():
     other = "x = 1\n  scores: of the source\n"
     Path("logs/run.txt").write_text(log(sources=(SOURCE, other)))
-    figures, settings, sources = record.read_log(Path("logs/run.txt"))
-    assert figures == FIGURES
-    assert settings == {
+    run = record.read_run(Path("logs/run.txt"))
+    assert run.figures == FIGURES
+    assert run.settings == {
         "run_id": "run",
         "artifact": "model.ptz",
         "eval_only": "False",
         "scores": "",
     }
-    assert [source.strip() for source in sources] == [SOURCE.strip(), other.strip()]
+    assert [source.strip() for source in run.sources] == [SOURCE.strip(), other.strip()]
 
 
 # -----------------------------------------------------------------------------
@@ -182,9 +189,18 @@ def test_a_run_that_did_not_finish_is_refused(last):
     assert "logs/run.txt: no `figures:`" in refused(log(last=last))
 
 
-@pytest.mark.parametrize("text", ["", "figures: {}\n", SOURCE])
+@pytest.mark.parametrize("text", ["", "figures: {}\n", SOURCE, bytes(range(256)), "[" * 100_000])
 def test_a_file_that_is_no_log_is_refused(text):
-    assert "logs/run.txt: " in refused(text)
+    expected = "no log of a run: expected a line `Running Python ...`" if text else "empty"
+    assert f"logs/run.txt: {expected}" in refused(text)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("seed", "42"), ("checks", [1]), ("checks", {"size": True}), ("val_bpb", None)]
+)
+def test_figures_of_another_program_are_refused(name, value):
+    reason = refused(log(FIGURES | {name: value}))
+    assert "logs/run.txt: its " in reason and "no log of this program" in reason
 
 
 def test_figures_in_the_source_are_no_figures_of_the_run():
@@ -230,6 +246,42 @@ def test_an_artifact_of_the_logged_size_or_none_is_accepted():
     written(log())
 
 
+@pytest.mark.parametrize("logged", ["0" * 64, hashlib.sha256(bytes(1000)).hexdigest()])
+def test_an_artifact_with_another_sha256_is_refused(logged):
+    text = log(FIGURES | {"artifact_sha256": logged})
+    assert written(text)["artifact_sha256"] == logged  # without the artifact it is only told
+    Path("model.ptz").write_bytes(bytes(1000))
+    if logged != "0" * 64:
+        assert written(text)["artifact_sha256"] == logged
+    else:
+        assert f"model.ptz: sha256 {bytes.hex(hashlib.sha256(bytes(1000)).digest())}, 000" in (
+            refused(text)
+        )
+
+
+def test_a_verifier_that_looked_at_another_artifact_is_refused():
+    verified = VERIFIED.replace("passed 1040", f"passed 1040 bytes; sha256 {'1' * 64}")
+    Path("verified.txt").write_text(verified)
+    assert "verified" in written(log(), "--verified", "verified.txt")["compliance"]
+    text = log(FIGURES | {"artifact_sha256": "0" * 64})
+    assert "verified.txt: of the artifact with sha256 111" in (
+        refused(text, "--verified", "verified.txt")
+    )
+
+
+@pytest.mark.parametrize("figures, last", [({"resumed": True}, None), ({}, "resumed: run.ckpt")])
+def test_a_resumed_run_claims_no_score(figures, last):
+    """Whether its figures say so, or only a line of its log."""
+    text = log(FIGURES | figures)
+    if last:
+        head, line = text.split("figures: {")
+        text = f"{head}{last}\nfigures: {{{line}"
+    result = written(text)
+    assert {name: result[name] for name in SCORES} == dict.fromkeys(SCORES)
+    assert result["own_text"] == TEXT | SCORES
+    assert result["compliance"]["not_resumed"] is False
+
+
 def test_a_failed_check_of_the_verifier_is_refused():
     text = "verify: size passed 1\nverify: score FAILED 1.07\nverify: 2 checks, 1 FAILED\n"
     Path("verified.txt").write_text(text)
@@ -250,6 +302,56 @@ def test_a_verifier_that_did_not_finish_is_refused(text):
     Path("verified.txt").write_text(text)
     reason = refused(log(), "--verified", "verified.txt")
     assert "verified.txt: " in reason and "verify again" in reason
+
+
+FIRST = log(FIGURES | {"seed": 1})
+SCORED = log(without("step_stop"), {"eval_only": "True"})
+
+
+@pytest.mark.parametrize(
+    "later",
+    [SCORED, log(last="step:2/10 train_loss:6"), log(last="")[:-1], 'print("', SCORED[:-9]],
+    ids=["scored", "killed", "refused", "half a source", "half a line"],
+)
+def test_what_follows_a_finished_training_does_not_hide_it(later, capsys):
+    result = written(f"{FIRST}\n{LINE}{later}")
+    assert result["seed"] == 1
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "takes run" in line]
+    of = 1 if later == 'print("' else 2
+    assert len(warnings) == of - 1
+    for line in warnings:
+        assert f"logs/run.txt: takes run 1 of {of}, the last that trained" in line
+
+
+def test_of_two_trainings_the_later_counts(capsys):
+    second = log(FIGURES | {"seed": 2})
+    assert written(f"{FIRST}\n{LINE}{second}")["seed"] == 2
+    assert "takes run" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", ["none/submission.json", "logs", "logs/run.txt/submission.json"])
+def test_an_output_that_cannot_be_written_is_named(output):
+    Path("logs/run.txt").write_text(log())
+    before = set(Path().rglob("*"))
+    reason = record.main(["logs/run.txt", "--output", output])
+    assert reason.startswith(f"record: {output}: ") and "give another" in reason
+    assert "\n" not in reason and set(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("content", ["x = 1\n", "[]", '{"name": "other"}'])
+def test_what_is_no_submission_is_never_replaced_or_renamed(content):
+    Path("logs/run.txt").write_text(log())
+    Path("other").write_text(content)
+    reason = record.main(["logs/run.txt", "--output", "other"])
+    assert "other: exists and is no submission" in reason
+    assert Path("other").read_text() == content
+
+
+def test_no_earlier_submission_is_lost():
+    reasons = [refused(log(last="")) for _ in range(3)]
+    names = [reason.rpartition(" ")[2] for reason in reasons]
+    assert names == [f"submission.json.old{n}" for n in ("", 1, 2)]
+    assert all(Path(name).read_text() == OLDER for name in names)
 
 
 def test_a_missing_file_is_refused_by_name():
@@ -300,7 +402,7 @@ def test_a_refusal_is_one_line_on_stderr_and_exit_status_1():
 
 def test_it_needs_neither_torch_nor_the_training_script():
     Path("logs/run.txt").write_text(log())
-    code = "import sys; sys.path[0] = sys.argv.pop(1); import record; record.main(); "
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import record; record.main(); "
     code += "sys.exit(bool({'torch', 'numpy', 'train_gpt'} & set(sys.modules)))"
     command = [sys.executable, "-S", "-c", code, TOOL.parent, "logs/run.txt"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)

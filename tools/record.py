@@ -2,19 +2,25 @@
 
     python tools/record.py logs/RUN.txt --verified logs/RUN.verify.txt --output submission.json
 
-All numbers come from the log's last line, `figures: {...}`; the artifact that the log names, if it
-is there, must have the size it says. AUTHOR and GITHUB_ID are environment variables. A run that is
-refused leaves one line on stderr, exit status 1 and no output file: an earlier one is removed.
-Seconds are wall time, sizes bytes, bpb bits per byte, loss nats per token.
+All numbers come from `figures: {...}`, the last line of the last run in the log that trained to its
+end; the artifact that it names, if it is there, must be the one that it scored, by its sha256.
+AUTHOR and GITHUB_ID are environment variables. A run that is refused leaves one line on stderr,
+exit status 1 and no output file; an earlier one, which must not pass for this run's, is kept as
+submission.json.old. Seconds are wall time, sizes bytes, bpb bits per byte, loss nats per token.
 """
 
 import argparse
+import hashlib
+import itertools
 import json
 import os
 import re
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there with PYTHONSAFEPATH
+import logs  # noqa: E402  (the path comes first)
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS_LIMIT = 600  # for training and for evaluation, each
@@ -29,50 +35,48 @@ REQUIRED = (*RUN, "layout", "official", *TEXT, *SCORES, *COSTS, *SIZES, "checks"
 class Refused(Exception):
     """No submission is written; one line says why."""
 
-    def __init__(self, file: Path, found: str, advice: str):
+    def __init__(self, file: Path | str, found: str, advice: str):
         super().__init__(f"{file}: {found}: {advice}")
 
 
-def parse_figures(path: Path, line: str) -> dict:
-    """The object in a log's last line. Raises: Refused if there is none of finite numbers."""
-    try:  # int() raises ValueError for NaN and Infinity, which are no JSON
-        figures = json.loads(line.removeprefix("figures: "), parse_constant=int)
-    except ValueError:
-        figures = None
-    if not line.startswith("figures: ") or not isinstance(figures, dict):
-        raise Refused(path, "no `figures:` of finite numbers in its last line", "run to the end")
-    return figures
-
-
-def parse_settings(path: Path, run: str) -> dict[str, str]:
-    """Hyperparameters, one `  name: value` a line. Raises: Refused if those needed are missing."""
-    settings = dict(re.findall(r"^  (\w+): (.*)$", run, re.MULTILINE))
-    if missing := [name for name in ("artifact", "eval_only") if name not in settings]:
+def read_run(path: Path) -> logs.Run:
+    """The run that is submitted; warns if others follow it. Raises: Refused, OSError, ValueError
+    naming the file."""
+    run, note = logs.choose(path, logs.read_runs(path))
+    if run.figures is None:
+        found = "no `figures:` of finite numbers in the last line of a run"
+        raise Refused(path, found, "run to the end")
+    if missing := [name for name in ("artifact", "eval_only") if name not in run.settings]:
         raise Refused(path, f"no line for {', '.join(missing)}", "give the log as the run wrote it")
-    return settings
+    if note:
+        print(f"record: warning: {note}", file=sys.stderr)
+    return run
 
 
-def read_log(path: Path) -> tuple[dict, dict[str, str], list[str]]:
-    """Figures, settings and source texts. Raises: Refused if the run did not finish, OSError."""
-    text = path.read_text("utf-8", errors="replace")
-    *heads, run = re.split(r"^={100}\n", text, flags=re.MULTILINE)
-    figures = parse_figures(path, run.rstrip().rpartition("\n")[2])
-    return figures, parse_settings(path, run), heads[:-1]  # the last head: versions
-
-
-def check_run(path: Path, figures: dict, settings: dict[str, str]) -> None:
+def check_run(path: Path, run: logs.Run) -> None:
     """Raises: Refused if the run did not train, failed its audit, or the artifact is another."""
-    if settings["eval_only"] != "False":
+    if run.settings["eval_only"] != "False":
         raise Refused(path, "a run with EVAL_ONLY", "give the log of the run that trained")
-    if missing := [name for name in REQUIRED if name not in figures]:
+    if missing := [name for name in REQUIRED if name not in run.figures]:
         raise Refused(path, f"no figures for {', '.join(missing)}", "give the log of a whole run")
-    failed = [name for name, check in figures["checks"].items() if check["passed"] is not True]
-    if failed or not figures["checks"]:
+    checks = run.figures["checks"]
+    failed = [name for name, check in checks.items() if check["passed"] is not True]
+    if failed or not checks:
         found = f"failed in its audit: {', '.join(failed) or 'there are no checks'}"
         raise Refused(path, found, "remove the cause, then run again")
-    artifact, logged = Path(settings["artifact"]), figures["bytes_model"]
-    if artifact.is_file() and (size := artifact.stat().st_size) != logged:
-        raise Refused(artifact, f"{size} bytes, {logged} in {path}", "give the log of its run")
+    check_artifact(path, Path(run.settings["artifact"]), run.figures)
+
+
+def check_artifact(path: Path, artifact: Path, figures: dict) -> None:
+    """Raises: Refused if there is one, and it is not what the log says."""
+    if not artifact.is_file():
+        return
+    data, logged = artifact.read_bytes(), figures["bytes_model"]
+    if len(data) != logged:
+        raise Refused(artifact, f"{len(data)} bytes, {logged} in {path}", "give the log of its run")
+    found, logged = hashlib.sha256(data).hexdigest(), figures.get("artifact_sha256")
+    if logged not in (None, found):
+        raise Refused(artifact, f"sha256 {found}, {logged} in {path}", "give the log of its run")
 
 
 def other_sources(sources: list[str], root: Path) -> int:
@@ -82,8 +86,9 @@ def other_sources(sources: list[str], root: Path) -> int:
     return sum(source.rstrip() not in there for source in sources)
 
 
-def read_verified(path: Path) -> dict[str, bool]:
-    """The verifier's checks. Raises: Refused if one failed or it did not finish, OSError."""
+def read_verified(path: Path, artifact_sha256: str | None) -> dict[str, bool]:
+    """The verifier's checks. Raises: Refused if one failed, it did not finish, or it looked at
+    another artifact; OSError."""
     text = path.read_text("utf-8", errors="replace")
     checks = re.findall(r"^verify: (\S+) (passed|FAILED)\b", text, re.MULTILINE)
     if failed := [name for name, result in checks if result == "FAILED"]:
@@ -92,15 +97,22 @@ def read_verified(path: Path) -> dict[str, bool]:
     if not checks or closing != [str(len(checks))]:
         found = f"{len(checks)} checks, closed by `verify: all {'/'.join(closing) or '?'} passed`"
         raise Refused(path, found, "verify again and keep all that is printed")
+    seen = re.search(r"^verify: size passed .*; sha256 ([0-9a-f]{64})\b", text, re.MULTILINE)
+    if seen and artifact_sha256 not in (None, seen[1]):
+        found = f"of the artifact with sha256 {seen[1]}, not {artifact_sha256}"
+        raise Refused(path, found, "verify the artifact of this log")
     return {name: True for name, _ in checks}
 
 
 def submission(figures: dict, date: str, author=None, github_id=None, verified=None) -> dict:
-    """What submission.json says. Scores of the official validation split, with training and
-    evaluation within the limit each, stand at the top; any other in `own_text`, with its text."""
+    """What submission.json says. Scores of the official validation split, trained in one go, with
+    training and evaluation within the limit each, stand at the top; any other in `own_text`, with
+    its text."""
     in_time = max(figures["wallclock_seconds"], figures["eval_time_seconds"]) <= SECONDS_LIMIT
-    claimed = in_time and figures["official"]
+    resumed = figures.get("resumed", False)
+    claimed = in_time and figures["official"] and not resumed
     compliance = {"within_600_seconds_each": in_time, "full_validation_split": figures["official"]}
+    compliance |= {"not_resumed": False} if resumed else {}
     compliance |= {name: check["passed"] for name, check in figures["checks"].items()}
     compliance |= {} if verified is None else {"verified": verified}
     name = f"{figures['system']}: {figures['layout']}"
@@ -108,14 +120,63 @@ def submission(figures: dict, date: str, author=None, github_id=None, verified=N
     record |= {"track": "10min_16mb"} | {name: figures[name] for name in RUN}
     record |= {name: figures[name] if claimed else None for name in SCORES}
     record["own_text"] = None if claimed else {name: figures[name] for name in TEXT + SCORES}
-    return record | {name: figures[name] for name in COSTS + SIZES} | {"compliance": compliance}
+    record |= {name: figures[name] for name in COSTS + SIZES}
+    record["artifact_sha256"] = figures.get("artifact_sha256")
+    return record | {"compliance": compliance}
 
 
 def write(path: Path, record: dict) -> None:
-    """The whole file or none. Raises: OSError."""
+    """The whole file or none. Raises: Refused."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        with_what = error.strerror or str(error)
+        raise Refused(path, f"cannot be written: {with_what}", "give another path") from None
+    finally:
+        if temporary.is_file():
+            temporary.unlink()
+
+
+def check_output(path: Path) -> None:
+    """Raises: Refused if what stands there is no submission: it is neither replaced nor renamed."""
+    if not path.exists():
+        return
+    try:
+        is_submission = "val_bpb" in {**json.loads(path.read_text("utf-8"))}
+    except (OSError, TypeError, ValueError, RecursionError):
+        is_submission = False
+    if not is_submission:
+        raise Refused(path, "exists and is no submission", "give another --output")
+
+
+def set_aside(path: Path) -> str:
+    """Renames an earlier run's output, if there is one. Returns what became of it."""
+    if not path.exists():
+        return ""
+    names = (f"{path.name}.old{n or ''}" for n in itertools.count())
+    other = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    try:
+        path.rename(other)
+    except OSError as error:
+        return f"; an earlier {path} is still there: {error.strerror}"
+    return f"; an earlier {path} is now {other}"
+
+
+def record(job) -> None:
+    """Writes the submission; job: as parsed. Raises: Refused, OSError, ValueError."""
+    run = read_run(job.log)
+    check_run(job.log, run)
+    figures = run.figures | ({"resumed": True} if run.resumed else {})
+    sha256 = figures.get("artifact_sha256")
+    verified = read_verified(job.verified, sha256) if job.verified else None
+    date = datetime.fromtimestamp(job.log.stat().st_mtime, UTC).strftime("%Y-%m-%d")
+    people = [os.environ.get(name) or None for name in ("AUTHOR", "GITHUB_ID")]
+    write(job.output, submission(figures, date, *people, verified))
+    if others := other_sources(run.sources, ROOT):
+        found = f"{others} of {len(run.sources)} source files are no longer those of {ROOT}"
+        print(f"record: warning: {job.log}: {found}", file=sys.stderr)
 
 
 def main(argv=None) -> str | None:
@@ -128,21 +189,18 @@ def main(argv=None) -> str | None:
     if job.output.resolve() in [path.resolve() for path in (job.log, job.verified) if path]:
         parser.error(f"--output {job.output}: would replace what is read")
     try:
-        job.output.unlink(missing_ok=True)  # an earlier run's must not pass for this one's
-        figures, settings, sources = read_log(job.log)
-        check_run(job.log, figures, settings)
-        verified = read_verified(job.verified) if job.verified else None
-        date = datetime.fromtimestamp(job.log.stat().st_mtime, UTC).strftime("%Y-%m-%d")
-        people = [os.environ.get(name) or None for name in ("AUTHOR", "GITHUB_ID")]
-        write(job.output, submission(figures, date, *people, verified))
+        check_output(job.output)
     except Refused as error:
         return f"record: {error}"
+    try:
+        record(job)
     except OSError as error:
-        return f"record: {error.filename}: {error.strerror}: give another path"
-    if others := other_sources(sources, ROOT):
-        found = f"{others} of {len(sources)} source files are no longer those of {ROOT}"
-        print(f"record: warning: {job.log}: {found}", file=sys.stderr)
-    return None
+        reason = f"{error.filename or job.log}: {error.strerror}: give another path"
+    except (Refused, ValueError) as error:
+        reason = str(error)
+    else:
+        return None
+    return f"record: {reason}{set_aside(job.output)}"
 
 
 if __name__ == "__main__":
