@@ -1,6 +1,7 @@
 """tools/packed.py and tools/repack.py: what is read of an artifact without train_gpt.py, and a run
 that goes on where it stopped."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -90,6 +91,86 @@ def test_a_state_of_another_model_or_none_is_an_error_with_its_name(tmp_path, li
     torch.save(state | dict(weights={}), tmp_path / "c.pt")
     with pytest.raises(ValueError, match=r"c\.pt: not the state .*: Hessians of tensors"):
         packed.read_state(tmp_path / "c.pt")
+    state["weights"]["smear_lambda"].data.add_(1e-3)
+    with pytest.raises(
+        ValueError, match=r"a\.ptz: another smear_lambda than was trained: they are"
+    ):
+        packed.read_packed(tmp_path / "a.ptz", state)
+
+
+def without(name):
+    return lambda state: {key: x for key, x in state.items() if key != name}
+
+
+NAME = "blocks.0.mlp.up_proj.weight"
+
+
+def with_hessian(H):
+    return lambda state: state | dict(hessians=state["hessians"] | {NAME: H})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda state: [state], "a list"),
+        (without("hessians"), "it has no hessians"),
+        (without("weights"), "it has no weights"),
+        (with_hessian(torch.eye(3)), f"the Hessian of {NAME}: [3, 3] for"),
+        (with_hessian(torch.full((32, 32), torch.nan)), f"{NAME} or its Hessian is not finite"),
+    ],
+    ids="list hessians weights shape nan".split(),
+)
+def test_a_state_with_something_wrong_in_it(tmp_path, lively, change, message):
+    path = tmp_path / "a.ptz"
+    _, _, state = trained(path, "train_gpt", lively)
+    torch.save(change(state), f"{path}.trained.pt")
+    error = packed.main([str(path)])
+    assert f"a.ptz.trained.pt: not the state of a finished training: {message}" in error
+    assert error.startswith("packed: error: ") and "\n" not in error
+    passed, text = packed.check_gptq(path, Path(f"{path}.trained.pt"))
+    assert not passed and message in text
+
+
+def cut(data):
+    return data[:-1]
+
+
+def another_stream(data):  # of the right sha256
+    return data[:8] + hashlib.sha256(b"no brotli").digest() + b"no brotli"
+
+
+@pytest.mark.parametrize("change", [cut, another_stream, lambda data: b"", lambda data: b"x" * 99])
+def test_an_artifact_that_is_none_is_one_line(tmp_path, lively, change):
+    path = tmp_path / "a.ptz"
+    trained(path, "train_gpt", lively)
+    path.write_bytes(change(path.read_bytes()))
+    error = packed.main([str(path)])
+    assert error.startswith(f"packed: error: {path}: no artifact") and "\n" not in error
+    assert not packed.check_gptq(path, Path(f"{path}.trained.pt"))[0]
+
+
+def test_a_file_that_is_not_there_or_a_folder_is_one_line(tmp_path, lively):
+    path = tmp_path / "a.ptz"
+    assert "No such file or directory" in packed.main([str(path)])
+    trained(path, "train_gpt", lively)
+    path.unlink()
+    assert f"No such file or directory: '{path}'" in packed.main([str(path)])
+    path.mkdir()
+    assert f"Is a directory: '{path}'" in packed.main([str(path)])
+
+
+def test_nothing_quantized_is_no_division_by_zero(tmp_path, lively, capsys):
+    """No Hessians at all; and a tensor that rounding does not change."""
+    model, quantized, state = trained(tmp_path / "a.ptz", "train_gpt", lively)
+    torch.save(state | dict(hessians={}), tmp_path / "a.ptz.trained.pt")
+    assert not packed.check_gptq(tmp_path / "a.ptz", tmp_path / "a.ptz.trained.pt")[0]
+    with torch.no_grad():
+        quantized[NAME] = (torch.zeros_like(quantized[NAME][0]), quantized[NAME][1])
+        state["weights"][NAME].zero_()
+    train_gpt.save_artifact(tmp_path / "a.ptz", model, model.hp, quantized)
+    torch.save(state, tmp_path / "a.ptz.trained.pt")
+    assert packed.main([str(tmp_path / "a.ptz")]) == 0
+    assert re.search(rf"^ *nan of +0  {NAME}$", capsys.readouterr().out, re.M)
 
 
 def repacked(folder, *args):
@@ -129,6 +210,52 @@ def test_what_cannot_be_repacked_is_said_in_a_line(tmp_path, lively):
     result = repacked(tmp_path, "model.ptz")
     assert result.returncode == 1 and result.stderr.startswith("repack: error: ")
     assert "model.ptz.trained.pt" in result.stderr and result.stderr.count("\n") == 1
-    trained(tmp_path / "a.ptz", "pure_gdn", lively)
-    result = repacked(tmp_path, "a.ptz")
-    assert "a.ptz.trained.pt: its system is pure_gdn, not record" in result.stderr
+
+
+def another_weight(state):
+    return state | dict(weights=state["weights"] | dict(other=torch.zeros(2)))
+
+
+def another_shape(state):
+    return state | dict(weights=state["weights"] | dict(smear_lambda=torch.zeros(2)))
+
+
+@pytest.mark.parametrize(
+    "change, options, message",
+    [
+        (dict, ["systems/pure_gdn.py"], "its system is record, not pure_gdn"),
+        (without("config"), [], "not the state of a finished training: it has no config"),
+        (lambda state: state | dict(config=dict(other=1)), [], "of another version of record: "),
+        (another_weight, [], "other is [2], the model's none"),
+        (another_shape, [], "smear_lambda is [2], the model's []"),
+        (dict, ["nowhere.py"], "--train-script nowhere.py: expected "),
+        (dict, ["tools/packed.py"], "--train-script tools/packed.py: expected "),
+        (dict, ["systems/parts.py"], "--train-script systems/parts.py: no system"),
+        (dict, ["systems"], "--train-script systems: expected "),
+    ],
+    ids="system config version weight shape nowhere tool parts folder".split(),
+)
+def test_what_cannot_be_repacked_is_refused_before_anything_is_written(
+    tmp_path, monkeypatch, lively, change, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    _, _, state = trained(tmp_path / "a.ptz", "train_gpt", lively)
+    torch.save(change(state), tmp_path / "a.ptz.trained.pt")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    error = repack.main(["a.ptz", *(["--train-script", *options] if options else [])])
+    assert error.startswith("repack: error: ") and message in error and "\n" not in error
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [("x = (", "never closed"), ("import no_such_module", "No module named")],
+)
+def test_a_script_with_an_error_in_it_is_one_line(tmp_path, monkeypatch, source, message):
+    (tmp_path / "systems").mkdir()
+    (tmp_path / "systems" / "own_system.py").write_text(source)
+    monkeypatch.setattr(repack, "ROOT", tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "systems")
+    error = repack.main(["a.ptz", "--train-script", "systems/own_system.py"])
+    assert error.startswith("repack: error: --train-script systems/own_system.py: ")
+    assert message in error and "\n" not in error

@@ -8,6 +8,9 @@ each in the order of the parameters. ARTIFACT.trained.pt: their order, shapes an
 the Hessian X^T X of the inputs of each tensor that is quantized.
 """
 
+import argparse
+import hashlib
+import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -22,32 +25,64 @@ class Packed(NamedTuple):
     scale: np.ndarray  # float32 [rows]
 
 
-def read_state(path: Path) -> dict:
-    """Raises: ValueError naming the file."""
+def read_state(path: Path, *more: str) -> dict:
+    """weights and hessians, by name, and what else is asked for. Raises: OSError, ValueError naming
+    the file."""
+    with open(path, "rb"):
+        pass  # what torch.load says of a folder or a file that may not be read is no OSError
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not state["weights"].keys() >= state["hessians"].keys():
-            raise ValueError("Hessians of tensors that it has not")
-    except FileNotFoundError:
-        raise
+        if not isinstance(state, dict):
+            raise ValueError(f"a {type(state).__name__}")
+        if missing := [name for name in ("weights", "hessians", *more) if name not in state]:
+            raise ValueError(f"it has no {', '.join(missing)}")
+        check_hessians(state["weights"], state["hessians"])
     except Exception as error:  # of whatever kind torch.load makes of a damaged file
-        raise ValueError(f"{path}: not the state of a finished training: {error}") from None
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: not the state of a finished training: {reason}") from None
     return state
 
 
+def check_hessians(weights: dict, hessians: dict) -> None:
+    """Raises: ValueError unless each is of a matrix that is there, [columns, columns], finite."""
+    if not weights.keys() >= hessians.keys():
+        raise ValueError("Hessians of tensors that it has not")
+    for name, H in hessians.items():
+        columns = weights[name].shape[1:]
+        if H.shape != columns * 2 or len(columns) != 1:
+            raise ValueError(f"the Hessian of {name}: {list(H.shape)} for {columns} columns")
+        if not (H.isfinite().all() and weights[name].isfinite().all()):
+            raise ValueError(f"{name} or its Hessian is not finite")
+
+
+def unpack(path: Path) -> bytes:
+    """Raises: OSError, ValueError naming the file."""
+    raw = path.read_bytes()
+    if len(raw) < 40 or hashlib.sha256(raw[40:]).digest() != raw[8:40]:
+        raise ValueError(f"{path}: no artifact, or damaged: {len(raw)} bytes, starts {raw[:8]!r}")
+    try:
+        return brotli.decompress(raw[40:])
+    except brotli.error as error:
+        raise ValueError(f"{path}: no artifact: {error}") from None
+
+
 def read_packed(path: Path, state: dict) -> dict[str, Packed]:
-    """What is quantized in the artifact, by name. Raises: ValueError naming the file."""
-    body = brotli.decompress(path.read_bytes()[8 + 32 :])
+    """What is quantized in the artifact, by name. The rest, of which both have the same values if
+    they are of one run, is compared. Raises: OSError, ValueError naming the file."""
+    body = unpack(path)
     values = memoryview(body)[4 + int.from_bytes(body[:4], "little") :]
     weights = {name: w for name, w in state["weights"].items() if name in state["hessians"]}
     rest = sum(w.numel() for name, w in state["weights"].items() if name not in weights)
     size = sum(w.numel() + 2 * len(w) for w in weights.values()) + 2 * rest
     if len(values) != size:
-        raise ValueError(f"{path}: {len(values)} bytes of values, the trained model has {size}")
+        found = f"{len(values)} bytes of values, the trained model has {size}"
+        raise ValueError(f"{path}: {found}: of two runs, or quantized without Hessians")
     packed, at, end = {}, 0, sum(w.numel() for w in weights.values())
     for name, w in state["weights"].items():
         if name not in weights:
             end += 2 * w.numel()
+            if values[end - 2 * w.numel() : end] != w.detach().half().numpy().tobytes():
+                raise ValueError(f"{path}: another {name} than was trained: they are of two runs")
             continue
         q = np.frombuffer(values, np.int8, w.numel(), at).reshape(w.shape)
         scale = np.frombuffer(values, np.float16, len(w), end).astype(np.float32)
@@ -72,6 +107,11 @@ def errors(packed: dict[str, Packed], state: dict) -> dict[str, tuple[float, flo
     return found
 
 
+def ratio(ours: float, nearest: float) -> float:
+    """Of two errors; NaN where rounding makes none."""
+    return ours / nearest if nearest else math.nan
+
+
 def correlated(H: torch.Tensor) -> bool:
     """Whether GPTQ can gain: with nearly uncorrelated inputs it is rounding to nearest."""
     return bool(H.norm() > 1.1 * H.diagonal().norm())
@@ -80,31 +120,34 @@ def correlated(H: torch.Tensor) -> bool:
 def check_gptq(artifact: Path, state_path: Path) -> tuple[bool, str]:
     """Each tensor that is quantized has a Hessian and, where inputs correlate, less output error
     than by rounding to nearest."""
-    state = read_state(state_path)
     try:
+        state = read_state(state_path)
         found = errors(read_packed(artifact, state), state)
-    except ValueError as error:
-        return False, str(error)
-    worse = [name for name, (ours, nearest) in found.items() if ours >= nearest]
+    except (OSError, ValueError) as error:
+        return False, f"{error} (state: {state_path})"
+    worse = [name for name, (ours, nearest) in found.items() if not ours < nearest]
     worse = [name for name in worse if correlated(state["hessians"][name])]
-    share = sum(ours for ours, _ in found.values()) / sum(nearest for _, nearest in found.values())
+    share = ratio(*(sum(kind) for kind in zip(*found.values(), strict=True))) if found else math.nan
     text = f"{len(found)} tensors, output error {share:.3f} of rounding to nearest"
     return bool(found) and not worse, "; no better: ".join(
         [text, *[", ".join(worse)] * bool(worse)]
     )
 
 
-def main(argv: list[str]) -> int | str:
-    artifact = Path(argv[0])
+def main(argv: list[str] | None = None) -> int | str:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser.add_argument("artifact", type=Path)
+    artifact = parser.parse_args(argv).artifact
     try:
         state = read_state(Path(f"{artifact}.trained.pt"))
         found = errors(read_packed(artifact, state), state)
     except (OSError, ValueError) as error:
         return f"packed: error: {error}"
     for name, (ours, nearest) in found.items():
-        print(f"{ours / nearest:6.3f} of {nearest:10.4g}  {name}")
+        print(f"{ratio(ours, nearest):6.3f} of {nearest:10.4g}  {name}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -14,33 +14,72 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import packed
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "systems")]
-import train_gpt as t  # noqa: E402  (the paths come first)
+sys.path[:0] = [str(ROOT), str(ROOT / "systems"), str(ROOT / "tools")]
+import packed  # noqa: E402  (the paths come first)
+
+import train_gpt as t  # noqa: E402
+
+
+def module_of(script: Path):
+    """Of train_gpt.py or a system; script: from here or from the root. Raises: ValueError."""
+    path = (script if script.is_file() else ROOT / script).resolve()
+    if path.parent not in (ROOT, ROOT / "systems") or not path.is_file():
+        expected = f"expected {ROOT / 'train_gpt.py'} or a file of {ROOT / 'systems'}"
+        raise ValueError(f"--train-script {script}: {expected}")
+    try:
+        module = importlib.import_module(path.stem)
+    except (ImportError, SyntaxError) as error:
+        raise ValueError(f"--train-script {script}: {error}") from None
+    if not hasattr(module, "Hyperparameters"):
+        raise ValueError(f"--train-script {script}: no system, it has no Hyperparameters")
+    return module
+
+
+def as_trained(path: Path, module) -> tuple[dict, object]:
+    """What a run kept behind its training, and its hyperparameters. Raises: OSError, ValueError
+    naming the file."""
+    state = packed.read_state(path, "system", "config", "figures", "checks")
+    hp_class = module.Hyperparameters
+    if state["system"] != hp_class.system:
+        raise ValueError(f"{path}: its system is {state['system']}, not {hp_class.system}")
+    try:
+        return state, hp_class(**state["config"])
+    except TypeError as error:  # a setting that the system has not
+        raise ValueError(f"{path}: of another version of {hp_class.system}: {error}") from None
+
+
+def restore(model, weights: dict, path: Path) -> None:
+    """Raises: ValueError naming the file if the weights are not the model's."""
+    shapes = [
+        {name: list(w.shape) for name, w in dict(own).items()}
+        for own in (model.named_parameters(), weights)
+    ]
+    for name in shapes[0].keys() | shapes[1].keys():
+        ours, theirs = (shape.get(name, "none") for shape in shapes)
+        if ours != theirs:
+            raise ValueError(f"{path}: {name} is {theirs}, the model's {ours}")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(weights[name])
 
 
 def repack(artifact: Path, module) -> None:
     """module: train_gpt or the system's. Raises: ValueError naming the file; RuntimeError if a
     check fails, those of the training included."""
     path = Path(f"{artifact}.trained.pt")
-    state = packed.read_state(path)
+    state, trained = as_trained(path, module)
     hp_class, model_class = module.Hyperparameters, module.GPT
-    if state["system"] != hp_class.system:
-        raise ValueError(f"{path}: its system is {state['system']}, not {hp_class.system}")
-    trained = hp_class(**state["config"])
     own = dict(run_id=f"{trained.run_id}.repacked", artifact=str(artifact))
     hp = hp_class.from_env(os.environ, artifact=replace(trained, **own))
     audit, code = t.Audit(), t.code_files()
     audit.checks |= state["checks"]
-    t.init_log(hp, code)
     torch.manual_seed(hp.seed)
     model = model_class(hp)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(state["weights"][name])
+    restore(model, state["weights"], path)
+    t.init_log(hp, code)
     model.to(t.world.device)
     hessians = {name: H.to(t.world.device) for name, H in state["hessians"].items()}
     validation = getattr(module, "Validation", t.Validation)(hp)
@@ -56,7 +95,7 @@ def main(argv: list[str] | None = None) -> int | str:
     parser.add_argument("--train-script", type=Path, default=ROOT / "train_gpt.py")
     args = parser.parse_args(argv)
     try:
-        repack(args.artifact, importlib.import_module(args.train_script.stem))
+        repack(args.artifact, module_of(args.train_script))
     except (OSError, ValueError, RuntimeError) as error:
         return f"repack: error: {error}"
     return 0
