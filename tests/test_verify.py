@@ -37,7 +37,7 @@ def runs(tmp_path_factory):
 
     def of(mode: str = "sliding") -> Path:
         if mode not in folders:
-            folders[mode] = tmp_path_factory.mktemp("run")
+            folders[mode] = tmp_path_factory.mktemp("a run")
             system, settings = MODES[mode]
             train(folders[mode], planted(folders[mode], system), **settings)
         return folders[mode]
@@ -111,7 +111,7 @@ def test_an_honest_run_passes_every_check(runs, check, monkeypatch):
     result = check(folder, *FEW, *files_of(folder), "--full")
     assert result.status == 0 and not result.failed, result.text
     names = (
-        "size claims overlap gptq sample_positions sample_bytes claimed_positions claimed_bytes "
+        "data size claims overlap gptq sample_positions sample_bytes claimed_positions claimed_bytes "
         "claimed_score claimed_sample run reproduced truncation future isolation normalisation "
         "full positions bytes score claimed_scores"
     )
@@ -122,7 +122,7 @@ def test_an_honest_run_passes_every_check(runs, check, monkeypatch):
     assert f"/ {figures['bytes']} bytes" in result.text
     assert re.search(r"^verify: about [\d,]+ s: \d+ processes, ", result.text, re.M)
     assert "not checked:" in result.text and "without --full" in result.text
-    assert result.text.endswith("verify: all 21 passed\n")
+    assert result.text.endswith("verify: all 22 passed\n")
 
 
 def moved(text: str, check: str) -> list[tuple[int, float]]:
@@ -182,7 +182,7 @@ def test_checks_are_callable_in_process(runs, monkeypatch):
     files += folder / "data" / "tokenizer.model", "--train-script", script_of(folder)
     job = verify.parse([str(argument) for argument in (*files, "--probes", "isolation")])
     passed = verify.verify(job)
-    names = ["size", "overlap", "gptq", "sample_positions", "sample_bytes", "run", "reproduced"]
+    names = ["data", "size", "overlap", "gptq", "sample_positions", "sample_bytes", "run", "reproduced"]
     assert passed == dict.fromkeys([*names, "isolation"], True)
 
 
@@ -430,7 +430,8 @@ def test_a_tokenizer_whose_table_and_text_disagree(runs, check, at_rest, tmp_pat
     edited = edit_pieces(model, {used: (f"{first}\u2581{second}", NORMAL)})
     (tmp_path / "edited.model").write_bytes(edited)
     result = check(folder, *files_of(folder), tokenizer=tmp_path / "edited.model")
-    assert result.failed == {"run", "sample_bytes", "claimed_bytes", "claimed_score", "claims"}
+    assert result.failed == {"data", "sample_bytes", "claimed_bytes", "claimed_score", "claims"}
+    assert "the program is not run" in result.text
 
 
 def bad_header(data: Path):
@@ -504,12 +505,12 @@ def test_the_cap_is_decimal_and_counts_all_code(tmp_path):
     for name in "train_gpt.py", "unused.py", "systems/parts.py", "systems/other.py":
         (tmp_path / name).write_text("import math\n" + "#" * 100)
     script, artifact = tmp_path / "systems" / "own.py", tmp_path / "model.ptz"
-    script.write_text("import parts\n    from train_gpt import bounded\n")
+    script.write_text("import parts\nif parts:\n    from train_gpt import bounded\n")
     code = verify.code_of(script)
     assert list(code) == ["systems/own.py", "systems/parts.py", "train_gpt.py"]
     size = sum(path.stat().st_size for path in code.values())
     log = SimpleNamespace(figures={})
-    job = SimpleNamespace(artifact=artifact, code=code, log=log, submission={})
+    job = SimpleNamespace(artifact=artifact, code=code, log=log, submission={}, sha256="")
     for excess in 0, 1:
         with open(artifact, "wb") as file:
             file.truncate(16_000_000 - size + excess)

@@ -11,17 +11,21 @@ left beside the artifact. Then texts are rewritten in ways that must not move a 
 runs on the CPU with EVAL_ONLY=1, in a new folder that holds copies of the code, the artifact, the
 tokenizer and the tokens to score, and sees no variable of the caller but INHERITED.
 
-One line a check, `verify: <name> passed|FAILED <figures>`; exit status 0 only if all pass. nats are
-of one target, the next token; sizes are bytes.
+One line a check, `verify: <name> passed|FAILED <figures>`; exit status 0 only if all pass. If the
+data are not what they should be, nothing is run. nats are of one target, the next token; sizes are
+bytes.
 """
 
 import argparse
+import ast
 import contextlib
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,14 +38,23 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import packed
 import sentencepiece as spm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there with PYTHONSAFEPATH
+import packed  # noqa: E402
+
+import logs  # noqa: E402  (the path comes first)
 
 BOS, HEADER_BYTES, MAGIC, VERSION = 1, 1024, 20240520, 1
 SIZE_LIMIT = 16_000_000  # artifact and code
 SAMPLE_TOKENS, PROBE_TOKENS = 16_384, 4096
 MAX_OVERLAP = 0.05  # of the validation documents; FineWeb repeats pages
 OFFICIAL_DOCUMENTS, OFFICIAL_BYTES = 50_000, range(151_020_000, 151_090_001)
+# Documents that are other tokens when they are decoded and encoded again. Measured on 2,088 of
+# English text and 498 of FineWeb: none with their own tokenizer (1,024, 4,096, 8,192 pieces and
+# CaseOps); 99.8 % and more with another one of the same size, even if half of what it was trained
+# on is the same.
+MAX_REENCODED = 0.05
 
 # A GPU computes in bf16. What that does to nats was measured on a CPU, bf16 against float32, 5,428
 # targets of the demo's text: G2 S G2 S=2 after 120 steps, G5 S G5 S=5 of 192 dimensions after 150,
@@ -52,6 +65,9 @@ CUDA_MEAN, CUDA_SIZE = 2e-3, 0.03
 
 # lengths of contexts, those of one process together
 CONTEXTS = [[63], *(list(range(*ends)) for ends in pairwise((1, 4, 6, 8, 12, 18, 26, 33, 41)))]
+
+STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+GRACE = 40  # seconds to end in, more than torchrun gives its ranks
 
 INHERITED = re.compile("PATH|HOME|TMPDIR|LANG|USER|LD_LIBRARY_PATH|(OMP|MKL)_NUM_THREADS")
 SETTINGS = dict(
@@ -75,7 +91,8 @@ MANY_ROWS = {"EVAL_ROWS": "64"}  # for many short documents
 NOT_CHECKED = """verify: not checked:
   that training and evaluation took at most 600 s each, and on which hardware: the log says so
   that training read no validation text and all its shards; seeds, and how many runs there were
-  that tokenizer and validation shards are the official ones, beyond documents and bytes
+  that tokenizer and validation shards are the official ones, beyond documents and bytes, and what
+    stats.json says of them
   without --full: scores beyond the sample. The score of the whole text is the log's word, or that
     of the run's score file
   without --full: scores made while learning. They are not repeated; `future` shows no use of a
@@ -100,19 +117,47 @@ def using(path: Path, kind: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
+        raise FileNotFoundError(f"{path}: no such file, expected {kind}") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{path}: cannot be read: {reason}, expected {kind}") from None
     except Exception as error:  # each reader has its own
-        raise ValueError(f"{path}: not {kind}: {error}") from None
+        raise ValueError(f"{path}: not {kind}: {one_line(error)}") from None
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def sha256(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()
+
+
+def read_file(path: Path, kind: str) -> bytes:
+    with using(path, kind):
+        return path.read_bytes()
+
+
+def ids_in(path: Path, raw: bytes) -> np.ndarray:
+    """Of a shard's bytes, its token ids, uint16 [n]."""
+    with using(path, "a shard"):
+        magic, version, n = np.frombuffer(raw[:12].ljust(12, b"\0"), "<i4").tolist()
+        if (magic, version) != (MAGIC, VERSION) or n < 1 or len(raw) != HEADER_BYTES + 2 * n:
+            raise ValueError(f"magic {magic}, version {version}, {n} tokens, {len(raw)} bytes")
+        return np.frombuffer(raw, "<u2", offset=HEADER_BYTES)
 
 
 def read_shard(path: Path) -> np.ndarray:
     """Token ids, uint16 [n]."""
-    with using(path, "a shard"):
-        raw = path.read_bytes()
-        magic, version, n = np.frombuffer(raw[:12].ljust(12, b"\0"), "<i4").tolist()
-        if (magic, version) != (MAGIC, VERSION) or len(raw) != HEADER_BYTES + 2 * n:
-            raise ValueError(f"magic {magic}, version {version}, {n} tokens, {len(raw)} bytes")
-        return np.frombuffer(raw, "<u2", offset=HEADER_BYTES)
+    return ids_in(path, read_file(path, "a shard"))
+
+
+def beyond(path: Path, ids: np.ndarray, V: int) -> str:
+    """The first id that is no piece of a tokenizer of V, in words, or "" if there is none."""
+    if ids.max() < V:
+        return ""
+    at = int(np.argmax(ids >= V))
+    return f"{path}: token {ids[at]} at {at} of {len(ids)}, the tokenizer has {V} pieces"
 
 
 def write_shard(path: Path, ids: np.ndarray) -> None:
@@ -124,19 +169,27 @@ def write_shard(path: Path, ids: np.ndarray) -> None:
 def load_tokenizer(path: Path) -> spm.SentencePieceProcessor:
     with using(path, "a SentencePiece model for these shards"):
         sp = spm.SentencePieceProcessor(model_proto=path.read_bytes())
+        if not sp.vocab_size():
+            raise ValueError("it has no pieces")
         if sp.bos_id() != BOS:
             raise ValueError(f"BOS is {sp.bos_id()}, expected {BOS}")
+        if sp.piece_to_id("\u2581") == sp.unk_id():
+            raise ValueError("no piece for U+2581 alone: a space would be three bytes")
         return sp
 
 
 def read_scores(path: Path, *more: str) -> SimpleNamespace:
-    """nats, bytes, position and what else is asked for, [n] each; device, "cpu" if it says none."""
+    """nats, bytes, position and what else is asked for, [n] each; device, "cpu" if it says none;
+    artifact, the sha256 of the one that was scored, "" if it says none."""
     names = ("nats", "bytes", "position", *more)
     with using(path, "a score file"), np.load(path) as file:
         scores, device = {name: file[name] for name in names}, str(file.get("device", "cpu"))
+        artifact = str(file.get("artifact", ""))
         if len({x.shape for x in scores.values()}) > 1 or scores["nats"].ndim != 1:
             raise ValueError(f"{', '.join(names)} are not rows of one length")
-        return SimpleNamespace(**scores, device=device)
+        if bad := [name for name, x in scores.items() if x.dtype.kind not in "iuf"]:
+            raise ValueError(f"{', '.join(bad)} are no numbers")
+        return SimpleNamespace(**scores, device=device, artifact=artifact)
 
 
 def read_json(path: Path) -> dict:
@@ -146,12 +199,35 @@ def read_json(path: Path) -> dict:
 
 
 def read_log(path: Path) -> SimpleNamespace:
-    """A log: its text, the `figures` of its last line, (loss, bpb) of its last `_exact` line."""
+    """Of the last run in a log that trained to its end, or else came to its end: code, settings,
+    `figures`, (loss, bpb) of its last `_exact` line, whether it was resumed; note: which it is, if
+    others follow it."""
     with using(path, "the log of a run that came to its end"):
-        text = path.read_text("utf-8", errors="replace")
-        figures = re.findall(r"^figures: (\{.*\})$", text, re.M)
-        exact = re.findall(r"^final_\w+_exact val_loss:(\S+) val_bpb:(\S+)$", text, re.M)
-        return SimpleNamespace(text=text, figures=json.loads(figures[-1]), exact=exact[-1:])
+        run, note = logs.choose(path, logs.read_runs(path))
+        if run.figures is None:
+            raise ValueError("no `figures:` of finite numbers in the last line of a run")
+        exact = re.findall(r"^final_\w+_exact val_loss:(\S+) val_bpb:(\S+)$", run.text, re.M)
+        own = dict(figures=run.figures, exact=exact[-1:], settings=run.settings, note=note)
+        return SimpleNamespace(**own, code=logs.RULE.join(run.sources), resumed=run.resumed)
+
+
+def read_stats(path: Path) -> dict:
+    stats = read_json(path)
+    with using(path, "what data/prepare.py writes"):
+        for name, told in {**stats.get("files", {})}.items():
+            if not isinstance(told, dict):
+                raise ValueError(f"files: {name} is {told!r}")
+    return stats
+
+
+def read_submission(path: Path) -> dict:
+    submission = read_json(path)
+    with using(path, "a submission"):
+        {**(submission.get("own_text") or {})}
+        for name, value in (submission | (submission.get("own_text") or {})).items():
+            if name in logs.KINDS and not isinstance(value, (logs.KINDS[name], type(None))):
+                raise ValueError(f"{name} is {value!r}")
+    return submission
 
 
 def code_of(script: Path) -> dict[str, Path]:
@@ -160,7 +236,10 @@ def code_of(script: Path) -> dict[str, Path]:
     root = script.parent.parent if script.parent.name == "systems" else script.parent
     files = [script]
     for path in files:
-        names = re.findall(r"^\s*(?:import|from) (\w+)", path.read_text("utf-8"), re.M)
+        with using(path, "a Python script"):
+            source = path.read_text("utf-8")
+            ast.parse(source, path.name)
+        names = re.findall(r"^\s*(?:import|from) (\w+)", source, re.M)
         near = [folder / f"{name}.py" for name in names for folder in {root, script.parent}]
         files += [path for path in dict.fromkeys(near) if path.is_file() and path not in files]
     return {str(path.relative_to(root)): path for path in files}
@@ -175,13 +254,14 @@ class Text:
     def __init__(self, data: Path, tokenizer: Path):
         self.shards = sorted(data.glob("fineweb_val_[0-9]*.bin"))
         self.sidecar = sorted(data.glob("fineweb_val_bytes_*.bin"))  # CaseOps: original bytes
+        if not data.is_dir():
+            raise FileNotFoundError(f"{data}: no such folder, expected one of shards")
         if not self.shards:
             raise FileNotFoundError(f"{data}: no file fineweb_val_*.bin in it")
         self.sp, arrays = load_tokenizer(tokenizer), [read_shard(path) for path in self.shards]
         for path, ids in zip(self.shards, arrays, strict=True):
-            if ids.max(initial=0) >= self.sp.vocab_size():
-                pieces = f"{tokenizer} has {self.sp.vocab_size()} pieces"
-                raise ValueError(f"{path}: token {ids.max()}, {pieces}")
+            if wrong := beyond(path, ids, self.sp.vocab_size()):
+                raise ValueError(f"{wrong} ({tokenizer})")
         self.ids = np.concatenate(arrays)  # uint16 [N]
         if len(self.ids) < 2 or self.ids[0] != BOS:
             raise ValueError(f"{self.shards[0]}: expected BOS={BOS}, and a token or more behind it")
@@ -193,16 +273,71 @@ class Text:
         ends = [*self.starts[1:].tolist(), len(self.ids)]
         return max([end for end in ends if end <= most], default=ends[0])
 
-    def decoded(self, end: int) -> np.ndarray:
-        """UTF-8 bytes of the text of each document before token `end`, int [documents]."""
-        starts, sizes = self.starts[self.starts < end], []
+    def documents(self, end: int) -> Iterator[tuple[list[list[int]], list[str]]]:
+        """Tokens and texts of those before token `end`, a thousand at once."""
+        starts = self.starts[self.starts < end]
         for first in range(0, len(starts), 1000):
             borders = [*starts[first : first + 1001].tolist(), end][:1001]
-            texts = self.sp.decode([self.ids[a:b].tolist() for a, b in pairwise(borders)])
+            documents = [self.ids[a:b].tolist() for a, b in pairwise(borders)]
+            yield documents, self.sp.decode(documents)
+
+    def decoded(self, end: int) -> np.ndarray:
+        """UTF-8 bytes of the text of each document before token `end`, int [documents]."""
+        sizes = []
+        for _, texts in self.documents(end):
             if self.sidecar:  # an operator is no byte of the original, U+E004 quotes what follows
                 texts = [re.sub("\ue004(.?)|[\ue001-\ue003]", r"\1", text) for text in texts]
             sizes += [len(text.encode()) for text in texts]
+        if end == len(self.ids):  # half a character at the end of a text that is cut is counted by
+            sizes[-1] -= 2 * self.cut_off  # its byte pieces; decoded, each is U+FFFD: three bytes
         return np.array(sizes)
+
+    def half_characters(self, document: list[int]) -> list[int]:
+        """The places of byte pieces that are no whole character together with their neighbours."""
+        places, run = [], []
+        for place, token in enumerate([*document, BOS]):
+            if self.sp.is_byte(token):
+                run.append(int(self.sp.id_to_piece(token)[3:5], 16))  # <0xE6>
+                continue
+            at = place - len(run)
+            for character in bytes(run).decode("utf-8", "surrogateescape"):
+                is_half = "\udc80" <= character <= "\udcff"
+                places += [at] * is_half
+                at += 1 if is_half else len(character.encode())
+            run = []
+        return places
+
+    @cached_property
+    def cut_off(self) -> int:
+        """Byte pieces at the text's end that are no whole character."""
+        places = self.half_characters(self.ids[-4:].tolist())  # of the longest one
+        ends = range(len(self.ids[-4:]) - 1, -1, -1)
+        return next((n for n, place in enumerate(ends) if place not in places), 0)
+
+    @cached_property
+    def reencoded(self) -> list[int]:
+        """Numbers of the documents that are other tokens when their text is encoded again; from 0.
+        The text may be cut: the last word of the last document does not count."""
+        different, number = [], 0
+        for documents, texts in self.documents(len(self.ids)):
+            for (_, *ids), again in zip(documents, self.sp.encode(texts), strict=True):
+                number += 1
+                if number == len(self.starts):
+                    spaces = [i for i, x in enumerate(ids) if self.sp.id_to_piece(x)[0] == "\u2581"]
+                    ids, again = (x[: max(spaces, default=0)] for x in (ids, again))
+                different += [number - 1] * (ids != again)
+        return different
+
+    def told(self, number: int) -> str:
+        """A document in words, by its number from 0; ASCII, for any terminal."""
+        start, end = [*self.starts.tolist(), len(self.ids)][number : number + 2]
+        document = self.ids[start:end].tolist()
+        text = f"document {number + 1} of {len(self.starts)}, at token {start}"
+        text += f", {ascii(self.sp.decode(document)[:40])}"
+        if halves := self.half_characters(document):
+            places = ", ".join(str(start + place) for place in halves[:4])
+            text += f", half a character of byte pieces at token {places}"
+        return text
 
     @cached_property
     def sizes(self) -> np.ndarray:
@@ -217,12 +352,65 @@ class Text:
 # The program
 
 
+class Stopped(BaseException):
+    """By a signal; its number."""
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """A signal to end raises Stopped, so that what was started is ended and folders are removed."""
+
+    def stop(number: int, _frame) -> None:
+        for other in handlers:  # once is enough
+            signal.signal(other, signal.SIG_IGN)
+        raise Stopped(number)
+
+    handlers = {number: signal.getsignal(number) for number in STOPS}
+    handlers = {
+        number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN
+    }
+    for number in handlers:  # not SIGHUP under nohup
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def end(process: subprocess.Popen) -> None:
+    """With all that it started: torchrun ends its ranks, which are no processes of its group."""
+    for number in signal.SIGTERM, signal.SIGKILL:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+
+
 def launch(job, folder: Path, env: dict, nproc: int) -> SimpleNamespace:
     """Runs the program in the folder, with this environment, on so many ranks. Returns: returncode,
     stdout, stderr. The tests put a function in its place that starts no interpreter."""
     ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
     command = [sys.executable, *(ranks if nproc > 1 else []), next(iter(job.code))]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
+    process = subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **pipes)
+    try:
+        out, error = process.communicate()
+    except BaseException:
+        end(process)
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, error)
+
+
+def describe(folder: Path, tokenizer: Path) -> None:
+    """stats.json, so that the program takes rewritten text as it is: it is no language, which
+    encoded again is other tokens."""
+    files = {}
+    for path in sorted(folder.glob("fineweb_*.bin")):
+        raw = path.read_bytes()
+        files[path.name] = {"tokens": (len(raw) - HEADER_BYTES) // 2, "sha256": sha256(raw)}
+    stats = {"tokenizer_sha256": sha256(tokenizer.read_bytes()), "files": files}
+    (folder / "stats.json").write_text(json.dumps(stats), "utf-8")
 
 
 def fill(job, folder: Path, ids: np.ndarray | None) -> None:
@@ -234,13 +422,14 @@ def fill(job, folder: Path, ids: np.ndarray | None) -> None:
     for name, source in copies.items():
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source, folder / name)
-    if ids is None:
-        return
-    write_shard(data / "fineweb_val_000000.bin", ids)
-    if text.sidecar:  # rewritten text has bytes that nobody knows; of it only nats are compared
+    if ids is not None:
+        write_shard(data / "fineweb_val_000000.bin", ids)
+    if ids is not None and text.sidecar:
+        # rewritten text has bytes that nobody knows; of it only nats are compared
         same = np.array_equal(ids, text.ids[: len(ids)])
         sizes = np.concatenate([read_shard(path) for path in text.sidecar])[: len(ids)]
         write_shard(data / "fineweb_val_bytes_000000.bin", sizes if same else np.ones_like(ids))
+    describe(data, job.tokenizer)
 
 
 def execute(job, ids: np.ndarray | None = None, nproc: int = 0, **settings) -> SimpleNamespace:
@@ -258,7 +447,7 @@ def execute(job, ids: np.ndarray | None = None, nproc: int = 0, **settings) -> S
         errors = [line for line in lines if re.search(r"(?<!ChildFailed)Error\b", line)]
         error, status = (errors or lines or [""])[-1], result.returncode
         if not path.is_file():
-            raise RuntimeError(f"exit status {status}, no scores: {error}")
+            raise RuntimeError(f"exit status {status}, no scores: {error or 'and no error'}")
         scores = vars(read_scores(path))
     own = {"log": result.stdout, "status": status, "error": error, "seconds": seconds}
     return SimpleNamespace(**scores, **own)
@@ -341,12 +530,116 @@ def disagreements(job, own: dict, known: dict) -> list[str]:
     ]
 
 
+SHARDS = {  # what a name starts with, by split: numbers follow it
+    "train": "fineweb_train_",
+    "val": "fineweb_val_",
+    "bytes": "fineweb_val_bytes_",
+}
+
+
+def out_of_order(paths: list[Path], start: str) -> list[str]:
+    expected = [f"{start}{i:06d}.bin" for i in range(len(paths))]
+    pairs = zip(paths, expected, strict=True)
+    return [f"{path}: found where {name} was expected" for path, name in pairs if path.name != name]
+
+
+def read_training(job) -> Iterator[str]:
+    """Reads each training shard once: 16 GB may be there. Leaves `seen` of each, and `found`, how
+    many validation documents stand in them. Returns what is wrong with them, in words."""
+    text, V = job.text, job.text.sp.vocab_size()
+    known = Counter(ids.tobytes() for ids in np.split(text.ids, text.starts[1:]))
+    job.found = 0
+    for path, following in pairwise([*job.training, None]):
+        try:
+            raw = read_file(path, "a shard")
+            ids = ids_in(path, raw)
+            job.seen[path.name] = len(ids), sha256(raw)
+            whole = whole_documents(ids, following)
+        except (OSError, ValueError) as error:
+            yield str(error)
+            continue
+        job.found += sum(known.pop(document, 0) for document in whole)
+        if path is job.training[0] and ids[0] != BOS:
+            yield f"{path}: starts with token {ids[0]}, expected BOS={BOS}"
+        yield from filter(None, [beyond(path, ids, V)])
+
+
+def whole_documents(ids: np.ndarray, following: Path | None) -> Iterator[bytes]:
+    """Each document of a training shard that no end of the shard cuts."""
+    after = [BOS]
+    if following:
+        with using(following, "a shard"):
+            after = np.fromfile(following, "<u2", 1, offset=HEADER_BYTES)
+    borders = [*np.flatnonzero(ids == BOS).tolist(), *[len(ids)] * (BOS in after)]
+    return (ids[start:end].tobytes() for start, end in pairwise(borders))
+
+
+def undescribed(job) -> Iterator[str]:
+    """In what shards and tokenizer are not those that stats.json describes, in words."""
+    told, name = job.stats["files"], job.data / "stats.json"
+    there = {path.name for path in job.data.glob("fineweb_*.bin")}
+    missing = told.keys() - there
+    if not job.training:  # may be left out
+        missing = {file for file in missing if not file.startswith(SHARDS["train"])}
+    yield from (f"{job.data}: no file {file}, which {name} describes" for file in sorted(missing))
+    yield from (f"{job.data / file}: not in {name}" for file in sorted(there - told.keys()))
+    for file in sorted(told.keys() & job.seen.keys()):
+        expected = told[file].get("tokens"), told[file].get("sha256")
+        if job.seen[file] != expected:
+            found, said = (
+                f"{n} tokens, sha256 {digest}" for n, digest in (job.seen[file], expected)
+            )
+            yield f"{job.data / file}: {found}; {name} says {said}"
+    found, said = sha256(read_file(job.tokenizer, "a tokenizer")), job.stats.get("tokenizer_sha256")
+    if found != said:
+        yield f"{job.tokenizer}: sha256 {found}; {name} says {said}: another tokenizer"
+
+
+def wrong_data(job) -> Iterator[str]:
+    """All that is wrong with shards and tokenizer, in words."""
+    text, sidecar = job.text, job.text.sidecar
+    kinds = dict(train=job.training, val=text.shards, bytes=sidecar)
+    for kind, paths in kinds.items():
+        yield from out_of_order(paths, SHARDS[kind])
+    for path in text.shards + sidecar:
+        raw = read_file(path, "a shard")
+        job.seen[path.name] = len(ids_in(path, raw)), sha256(raw)
+    if sidecar and len(text.ids) != (n := sum(job.seen[path.name][0] for path in sidecar)):
+        yield f"{sidecar[0]} and further: bytes of {n} tokens, there are {len(text.ids)}"
+    if len(text.reencoded) > MAX_REENCODED * len(text.starts):
+        first = text.told(text.reencoded[0])
+        found = f"{len(text.reencoded)} of {len(text.starts)} documents are other tokens"
+        yield f"{found} when decoded and encoded again: made by another tokenizer; {first}"
+    size = int(text.sizes.sum())
+    if "fineweb" in str(job.data) and len(text.starts) == OFFICIAL_DOCUMENTS and not text.official:
+        found = f"{OFFICIAL_DOCUMENTS} documents, {size} bytes"
+        yield f"{found}, not {OFFICIAL_BYTES.start} to {OFFICIAL_BYTES.stop - 1}"
+    yield from read_training(job)
+    if "files" in job.stats:
+        yield from undescribed(job)
+
+
+def check_data(job) -> tuple[bool, str]:
+    """Shards and tokenizer are what stats.json says. Whether it says anything or not, they belong
+    together, and the training shards can be read to their end."""
+    start = time.perf_counter()
+    wrong = list(wrong_data(job))
+    read = sum(HEADER_BYTES + 2 * n for n, _ in job.seen.values()) / 1e9
+    text = f"{len(job.seen)} shards, {read:.3f} GB, read in {time.perf_counter() - start:.0f} s"
+    described = "as stats.json describes them" if "files" in job.stats else "nothing describes them"
+    n = f"{len(job.text.reencoded)} of {len(job.text.starts)} documents are other tokens"
+    text += f"; {described}; {n} when decoded and encoded again"
+    return not wrong, "; ".join(wrong) or text
+
+
 def check_size(job) -> tuple[bool, str]:
     """The cap, and what log and submission say."""
     code = sum(path.stat().st_size for path in job.code.values())
     model = job.artifact.stat().st_size
     own = {"bytes_code": code, "bytes_model": model, "bytes_total": code + model}
+    own["artifact_sha256"] = job.sha256
     text = f"artifact {model} + code {code} = {code + model} of {SIZE_LIMIT} bytes"
+    text += f"; sha256 {job.sha256}"
     wrong = disagreements(job, own, own)
     return code + model <= SIZE_LIMIT and not wrong, "; ".join([text, *wrong])
 
@@ -359,6 +652,8 @@ def check_claims(job) -> tuple[bool, str]:
     claimed = [name for name in ("val_bpb", "val_loss") if job.submission.get(name) is not None]
     if claimed and not text.official:
         wrong.append("submission.json claims a score of the official split")
+    if claimed and figures and job.log.resumed:
+        wrong.append("submission.json claims a score of a run that was resumed")
     wrong += [name for name, right in log_rules(job, size) if not right] if figures else []
     return not wrong, "; ".join(wrong) or f"{len(figures)} figures of the log, nothing disagrees"
 
@@ -374,8 +669,12 @@ def log_rules(job, size: int) -> Iterator[tuple[str, bool]]:
     checks = figures.get("checks") or {}
     failed = [name for name, check in checks.items() if check["passed"] is not True]
     yield f"checks of the run: {len(checks)}, failed: {failed}", bool(checks) and not failed
-    same = [path.read_text("utf-8").strip() in job.log.text for path in code]
+    same = [path.read_text("utf-8").strip() in job.log.code for path in code]
     yield "another source ran", all(same)
+    yield (
+        "figures and lines differ in whether it was resumed",
+        job.log.resumed == figures.get("resumed", False),
+    )
     if "step_stop" in figures:
         yield from training_rules(job.log)
     device = "cpu" if str(figures.get("hardware")).endswith("CPU") else "cuda"
@@ -384,8 +683,11 @@ def log_rules(job, size: int) -> Iterator[tuple[str, bool]]:
 
 def training_rules(log) -> Iterator[tuple[str, bool]]:
     """A rule that a sound training keeps, in words, and whether this one does."""
-    figures = log.figures
-    settings = dict(re.findall(r"^  (\w+): ?(.*)$", log.text, re.M))
+    figures, settings = log.figures, log.settings
+    needed = {"ema_decay", "min_lr", "warmdown_frac"} - settings.keys()
+    yield f"its log has no line for {', '.join(sorted(needed))}", not needed
+    if needed:
+        return
     read, needed = figures["tokens_read"], figures["tokens_needed"]
     yield f"steps and calibration need {needed} tokens, {read} were read", read == needed
     trained, scored = figures["trained_order"], figures["scored_order"]
@@ -401,8 +703,16 @@ def training_rules(log) -> Iterator[tuple[str, bool]]:
     yield f"the learning rate ended at {last:.3f} of its peak, {due:.3f} is due", last <= due + 0.05
 
 
-def check_positions(scores, n: int) -> tuple[bool, str]:
+def of_another(job, scores) -> bool:
+    """Whether a score file says that it is of another artifact."""
+    return scores.artifact not in ("", job.sha256)
+
+
+def check_positions(job, scores, n: int) -> tuple[bool, str]:
     """Every target of n once and in order, each score finite and not negative."""
+    if of_another(job, scores):
+        found = f"of another artifact, sha256 {scores.artifact}, not {job.sha256}"
+        return False, f"{found}: score this one with EVAL_ONLY=1"
     complete = np.array_equal(scores.position, np.arange(1, n + 1))
     nats = np.concatenate((scores.nats, getattr(scores, "unlearned", [])))
     bad = int((~(np.isfinite(nats) & (nats >= 0))).sum())
@@ -417,9 +727,13 @@ def check_bytes(job, scores, end: int) -> tuple[bool, str]:
     sizes = job.text.sizes if end == len(job.text.ids) else job.text.decoded(end)
     starts = job.text.starts[: len(sizes)]
     counted = np.add.reduceat(np.concatenate(([0], scores.bytes)), starts)
-    wrong, total = int((counted != sizes).sum()), sizes.sum()
+    wrong, total = np.flatnonzero(counted != sizes), sizes.sum()
     text = f"counted {counted.sum()}, decoded {total}, {total / (end - 1):.4f} per token"
-    return not wrong, f"{text}, {wrong} of {len(sizes)} documents differ"
+    text += f", {len(wrong)} of {len(sizes)} documents differ"
+    if len(wrong):
+        first = wrong[0]
+        text += f"; {job.text.told(first)}: counted {counted[first]}, decoded {sizes[first]}"
+    return not len(wrong), text
 
 
 def check_score(job, scores, spread: float) -> tuple[bool, str]:
@@ -436,22 +750,11 @@ def check_score(job, scores, spread: float) -> tuple[bool, str]:
     return not off > allowed, f"{text}; {claimed if claims else 'no claim'}"
 
 
-def whole_documents(path: Path, following: Path | None) -> Iterator[bytes]:
-    """Each document of a training shard that no end of the shard cuts."""
-    ids, after = read_shard(path), read_shard(following)[:1] if following else [BOS]
-    borders = [*np.flatnonzero(ids == BOS).tolist(), *[len(ids)] * (BOS in after)]
-    return (ids[start:end].tobytes() for start, end in pairwise(borders))
-
-
 def check_overlap(job) -> tuple[bool, str]:
-    """Validation documents that stand, token by token, in the training shards: counted again."""
-    text, stats = job.text, job.data / "stats.json"
-    known = Counter(ids.tobytes() for ids in np.split(text.ids, text.starts[1:]))
-    found, total = 0, known.total()
-    for path, following in pairwise([*job.training, None]):
-        found += sum(known.pop(document, 0) for document in whole_documents(path, following))
+    """Validation documents that stand, token by token, in the training shards, as `data` counted
+    them."""
+    found, total, told = job.found, len(job.text.starts), job.stats.get("overlap")
     own = {"validation_documents_in_training": found, "validation_documents": total}
-    told = read_json(stats).get("overlap") if stats.is_file() else None
     figures = f"{found} of {total} documents in {len(job.training)} shards, stats.json: {told}"
     return found <= MAX_OVERLAP * total and told in (None, own), figures
 
@@ -697,7 +1000,7 @@ def attempt(job, name: str, check, *args) -> bool:
     try:
         passed, figures = check(*args)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        passed, figures = False, f"{type(error).__name__}: {error}"
+        passed, figures = False, f"{type(error).__name__}: {one_line(error)}"
     print(f"verify: {name} {'passed' if passed else 'FAILED'} {figures}".rstrip(), flush=True)
     job.passed[name] = bool(passed)
     return job.passed[name]
@@ -705,13 +1008,14 @@ def attempt(job, name: str, check, *args) -> bool:
 
 def attempt_scores(job, prefix: str, scores, spread: float | None, end: int) -> None:
     """The checks of a score file; spread None: it is not of the whole text."""
-    if attempt(job, f"{prefix}positions", check_positions, scores, end - 1):
+    if attempt(job, f"{prefix}positions", check_positions, job, scores, end - 1):
         attempt(job, f"{prefix}bytes", check_bytes, job, scores, end)
         if spread is not None:
             attempt(job, f"{prefix}score", check_score, job, scores, spread)
 
 
 def verify_files(job) -> None:
+    attempt(job, "data", check_data, job)
     attempt(job, "size", check_size, job)
     if job.log_path or job.submission_path:
         attempt(job, "claims", check_claims, job)
@@ -729,6 +1033,11 @@ def verify_files(job) -> None:
         print(f"verify: no file {job.sample_path}: what the run scored is not compared")
     if job.scores:
         attempt_scores(job, "claimed_", job.scores, 0.0, len(job.text.ids))
+    # what is of another artifact is compared with nothing more
+    job.sample, job.scores = (
+        scores if scores and not of_another(job, scores) else None
+        for scores in (job.sample, job.scores)
+    )
     if job.sample and job.scores:
         nats = job.scores.nats[: len(job.sample.nats)]
         attempt(job, "claimed_sample", compare, nats, job.sample.nats, "against the sample", 0.0)
@@ -770,6 +1079,9 @@ def verify(job) -> dict[str, bool]:
     """
     prepare(job)
     verify_files(job)
+    if not job.passed["data"]:
+        print("verify: the program is not run: no score on these data would mean anything")
+        return job.passed
     attempt(job, "run", check_run, job)
     if job.run:
         names = [name for name in job.probes if name != "rows" or job.reading.ttt == "lora"]
@@ -788,16 +1100,34 @@ def prepare(job) -> None:
     job.sample_path = job.sample_path or job.artifact.with_suffix(".sample.npz")
     job.state_path = Path(f"{job.artifact}.trained.pt")
     job.training = sorted(job.data.glob("fineweb_train_[0-9]*.bin"))
+    job.sha256 = sha256(read_file(job.artifact, "an artifact"))
+    stats = job.data / "stats.json"
+    job.stats = read_stats(stats) if stats.exists() else {}
+    job.log = read_log(job.log_path) if job.log_path else SimpleNamespace(figures={}, note="")
+    job.submission = read_submission(job.submission_path) if job.submission_path else {}
     job.text = Text(job.data, job.tokenizer)
-    with using(job.artifact, "a file"):
-        job.artifact.stat()
-    job.log = read_log(job.log_path) if job.log_path else SimpleNamespace(figures={})
-    job.submission = read_json(job.submission_path) if job.submission_path else {}
+    if not job.text.sizes.any():
+        raise ValueError(f"{job.text.shards[0]}: its text has no bytes, nothing can be scored")
     job.scores = read_scores(job.scores_path) if job.scores_path else None
     there = job.sample_path.is_file()
     job.sample = read_scores(job.sample_path, "unlearned") if there else None
     job.cuda = there and job.sample.device != "cpu"
     job.run, job.costs, job.known, job.passed = None, None, {}, {}
+    job.seen = {}  # of each shard its tokens and sha256
+    if job.log.note:
+        print(f"verify: {job.log.note}")
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def amount(text: str) -> float:
+    if not 0 <= float(text) < math.inf:
+        raise ValueError
+    return float(text)
 
 
 def parse(argv: list[str] | None = None) -> SimpleNamespace:
@@ -814,24 +1144,30 @@ def parse(argv: list[str] | None = None) -> SimpleNamespace:
     add("--sample", type=Path, dest="sample_path", help="its sample; default: beside the artifact")
     add("--full", action="store_true", help="score the whole validation text again")
     add("--gpu", action="store_true", help="score on a GPU where there is one")
-    add("--nproc", type=int, default=1, help="ranks; scores with TTT depend on their number")
+    add("--nproc", type=positive, default=1, help="ranks; scores with TTT depend on their number")
     add("--probes", nargs="*", choices=PROBES, default=list(PROBES), help="alone: none")
-    add("--normalisation-tokens", type=int, default=400_000, help="beside those of 63")
-    add("--tolerance", type=float, default=1e-4, help="nats, rounding of batches of another shape")
-    add("--probe-tolerance", type=float, default=1e-6, help="nats, of the same shape on a CPU")
-    add("--cuda-mean", type=float, default=CUDA_MEAN, help="nats")
-    add("--cuda-size", type=float, default=CUDA_SIZE, help="nats")
-    add("--normalisation-tolerance", type=float, default=1e-4, help="of a sum of probabilities")
+    add("--normalisation-tokens", type=positive, default=400_000, help="beside those of 63")
+    add("--tolerance", type=amount, default=1e-4, help="nats, rounding of batches of another shape")
+    add("--probe-tolerance", type=amount, default=1e-6, help="nats, of the same shape on a CPU")
+    add("--cuda-mean", type=amount, default=CUDA_MEAN, help="nats")
+    add("--cuda-size", type=amount, default=CUDA_SIZE, help="nats")
+    add("--normalisation-tolerance", type=amount, default=1e-4, help="of a sum of probabilities")
     return SimpleNamespace(**vars(parser.parse_args(argv)))
 
 
 def main(argv: list[str] | None = None) -> int | str:
-    """0 if all checks pass, 1 if one fails, or a line about the input that cannot be used."""
+    """0 if all checks pass, 1 if one fails, 128 and more if a signal ended it, or a line about the
+    input that cannot be used."""
     job = parse(argv)
     try:
-        passed = verify(job)
+        with stoppable():
+            passed = verify(job)
     except (OSError, ValueError) as error:
-        return f"verify: error: {error}"
+        return f"verify: error: {one_line(error)}"
+    except Stopped as stop:
+        (number,) = stop.args
+        print(f"verify: error: stopped by {signal.Signals(number).name}", file=sys.stderr)
+        return 128 + number
     print(NOT_CHECKED)
     if left_out := [name for name in PROBES if name not in passed]:
         print(f"  probes that did not run (rows: TTT=lora only): {' '.join(left_out)}")
@@ -842,4 +1178,5 @@ def main(argv: list[str] | None = None) -> int | str:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files, on any terminal
     sys.exit(main())
