@@ -111,9 +111,9 @@ def test_an_honest_run_passes_every_check(runs, check, monkeypatch):
     result = check(folder, *FEW, *files_of(folder), "--full")
     assert result.status == 0 and not result.failed, result.text
     names = (
-        "data size claims overlap gptq sample_positions sample_bytes claimed_positions claimed_bytes "
-        "claimed_score claimed_sample run reproduced truncation future isolation normalisation "
-        "full positions bytes score claimed_scores"
+        "data size claims overlap gptq sample_positions sample_bytes claimed_positions "
+        "claimed_bytes claimed_score claimed_sample run reproduced truncation future isolation "
+        "normalisation full positions bytes score claimed_scores"
     )
     assert result.passed == names.split()
     figures = verify.read_log(folder / "logs" / "run.txt").figures
@@ -182,7 +182,16 @@ def test_checks_are_callable_in_process(runs, monkeypatch):
     files += folder / "data" / "tokenizer.model", "--train-script", script_of(folder)
     job = verify.parse([str(argument) for argument in (*files, "--probes", "isolation")])
     passed = verify.verify(job)
-    names = ["data", "size", "overlap", "gptq", "sample_positions", "sample_bytes", "run", "reproduced"]
+    names = [
+        "data",
+        "size",
+        "overlap",
+        "gptq",
+        "sample_positions",
+        "sample_bytes",
+        "run",
+        "reproduced",
+    ]
     assert passed == dict.fromkeys([*names, "isolation"], True)
 
 

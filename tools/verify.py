@@ -310,9 +310,10 @@ class Text:
     @cached_property
     def cut_off(self) -> int:
         """Byte pieces at the text's end that are no whole character."""
-        places = self.half_characters(self.ids[-4:].tolist())  # of the longest one
-        ends = range(len(self.ids[-4:]) - 1, -1, -1)
-        return next((n for n, place in enumerate(ends) if place not in places), 0)
+        document = self.ids[self.starts[-1] :].tolist()
+        places = set(self.half_characters(document))
+        from_the_end = range(len(document) - 1, -1, -1)  # BOS, the first, is none of them
+        return next(n for n, place in enumerate(from_the_end) if place not in places)
 
     @cached_property
     def reencoded(self) -> list[int]:
@@ -671,10 +672,8 @@ def log_rules(job, size: int) -> Iterator[tuple[str, bool]]:
     yield f"checks of the run: {len(checks)}, failed: {failed}", bool(checks) and not failed
     same = [path.read_text("utf-8").strip() in job.log.code for path in code]
     yield "another source ran", all(same)
-    yield (
-        "figures and lines differ in whether it was resumed",
-        job.log.resumed == figures.get("resumed", False),
-    )
+    said = figures.get("resumed", False)
+    yield "it was resumed, its figures do not say so", said or not job.log.resumed
     if "step_stop" in figures:
         yield from training_rules(job.log)
     device = "cpu" if str(figures.get("hardware")).endswith("CPU") else "cuda"
