@@ -215,9 +215,11 @@ def test_transformed_text_is_verified_by_its_original(check, tmp_path):
     assert re.search(rf"claimed_bytes passed .* decoded {decoded},", result.text)
 
 
-def test_the_verifier_shares_no_code_with_the_program():
-    source = (ROOT / "tools" / "verify.py").read_text("utf-8")
-    assert not re.search(r"^\s*(import|from) (train_gpt|torch|importlib|runpy)", source, re.M)
+@pytest.mark.parametrize("name", ["verify", "dataset", "logs"])
+def test_the_verifier_shares_no_code_with_the_program(name):
+    source = (ROOT / "tools" / f"{name}.py").read_text("utf-8")
+    others = "train_gpt|prepare|torch|importlib|runpy"
+    assert not re.search(rf"^\s*(import|from) ({others})", source, re.M)
 
 
 def test_a_rehearsal_asks_for_what_is_run(runs, check, monkeypatch):
