@@ -357,6 +357,7 @@ def test_no_earlier_submission_is_lost():
 def test_a_missing_file_is_refused_by_name():
     assert "none.txt: No such file" in refused(log(), "--verified", "none.txt")
     assert "logs/none.txt: No such file" in record.main(["logs/none.txt"])
+    assert "logs: Is a directory" in record.main(["logs"])
 
 
 @pytest.mark.parametrize("output", ["logs/run.txt", "logs/../verified.txt"])

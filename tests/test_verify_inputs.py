@@ -341,6 +341,22 @@ def test_scores_of_another_artifact_are_compared_with_nothing(folder, check, at_
         np.savez(folder / name, **scores)
 
 
+def test_scores_of_another_text_are_named(folder, check, at_rest):
+    """Of another length; and of the same one, whose first document has other bytes."""
+    scores = dict(np.load(folder / "scores.npz"))
+    shorter = {name: x[:-9] if x.ndim else x for name, x in scores.items()}
+    np.savez(folder / "scores.npz", **shorter)
+    result = check(folder, "--scores", folder / "scores.npz")
+    message = "claimed_positions FAILED 1490 positions, 1490 different, expected 1 to 1499 in order"
+    assert message in result.text
+    counted = verify.Text(folder / "data", folder / "data" / "tokenizer.model").sizes[0]
+    np.savez(folder / "scores.npz", **scores | dict(bytes=scores["bytes"] + (np.arange(1499) == 5)))
+    result = check(folder, "--scores", folder / "scores.npz")
+    line = re.search(r"^verify: claimed_bytes FAILED (.*)$", result.text, re.M)[1]
+    assert re.search(r"1 of 4 documents differ; document 1 of 4, at token 0, '", line)
+    assert line.endswith(f": counted {counted + 1}, decoded {counted}")
+
+
 def test_the_state_of_another_run_is_said_to_be_one(folder, check, at_rest):
     path = folder / "model.ptz.trained.pt"
     state = torch.load(path, weights_only=True)
