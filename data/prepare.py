@@ -16,7 +16,8 @@ Layout under --output-root (default: the folder of this file); <name> is fineweb
     datasets/<name>/fineweb_val_bytes_%06d.bin
         with --caseops: bytes of each validation token, see `case_bytes`
     datasets/<name>/stats.json
-        written last: a folder without it is not complete; see `measure_overlap` for `overlap`
+        what the dataset is made of: `tokenizer_sha256`, and tokens and sha256 of each shard in
+        `files`; see `measure_overlap` for `overlap`
     tokenizers/*_<vocab size>_bpe.model
         with --caseops: ..._bpe_caseops.model
     manifest.json
@@ -25,10 +26,17 @@ Layout under --output-root (default: the folder of this file); <name> is fineweb
 Shard: 256 little-endian int32 (magic, version, number of tokens, zeros), then the tokens as
 little-endian uint16. Every document is BOS and its ids, without an end mark; a document may
 straddle two shards.
+
+A dataset is made beside its place and moved there when it is complete and checked: whatever fails,
+the one that was there stays as it was; see `Place`.
 """
 
 import argparse
 import ast
+import errno
+import fcntl
+import functools
+import gzip
 import hashlib
 import io
 import json
@@ -36,11 +44,15 @@ import lzma
 import os
 import re
 import shutil
+import signal
 import sys
 import sysconfig
+import tempfile
 import warnings
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -51,10 +63,15 @@ import huggingface_hub
 import numpy as np
 import sentencepiece as spm
 import zstandard
-from tqdm import tqdm
+from tqdm import tqdm as tqdm_bar
+
+# no bar where there is no terminal: a log would get a line for each of its steps
+tqdm = functools.partial(tqdm_bar, disable=None)
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 BOS = 1
+MAX_VOCAB_SIZE = 2**16  # ids of a shard are uint16
+MAX_SHARD_TOKENS = 2**31 - 1  # the header counts them in an int32
 OFFICIAL_REPO, COMMUNITY_REPO = "willdepueoai/parameter-golf", "kevclark/parameter-golf"
 TITLE, ALLCAPS, CAPNEXT, ESC = OPERATORS = "\ue001\ue002\ue003\ue004"
 OPERATOR_IDS = [4, 5, 6, 7]  # after padding, BOS, EOS and unknown
@@ -62,6 +79,15 @@ COMPRESSOR_LIMIT = 8_000_000  # bytes of text; brotli-11 takes about two seconds
 DEMO_VOCAB_SIZE = 1024
 DEMO_MIN_BYTES, DEMO_VAL_BYTES, DEMO_MIN_DOCUMENT_BYTES = 500_000, 200_000, 200
 MAX_OVERLAP = 5  # % of the validation documents: FineWeb repeats pages, a leaked split holds most
+OWN_FILES = r"fineweb_.*\.bin(\.tmp)?|(stats|source)\.json(\.tmp)?|\.download"
+OTHER_FORMATS = {
+    b"\xfd7zXZ": "an xz file",
+    b"BZh": "a bzip2 file",
+    b"PK\3\4": "a zip file",
+    b"PAR1": "a parquet file",
+    b"\x04\x22\x4d\x18": "an lz4 file",
+    b"7z\xbc\xaf": "a 7z file",
+}
 NOT_DEMO = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -74,13 +100,21 @@ def atomic(path: Path) -> Iterator[Path]:
     """Write beside `path`, then rename: a killed run leaves no half file under the final name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    yield temporary
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict) -> None:
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
@@ -133,6 +167,14 @@ def write_shards(
     return index
 
 
+def describe_shards(folder: Path) -> dict[str, dict]:
+    """`files` of stats.json: tokens (of a sidecar: entries) and sha256 of each shard, by name."""
+    return {
+        path.name: {"tokens": verify_shard(path), "sha256": sha256_of(path)}
+        for path in sorted(folder.glob("fineweb_*.bin"))
+    }
+
+
 def shards_of(folder: Path, split: str) -> list[Path]:
     return sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))
 
@@ -141,6 +183,165 @@ def map_shard(path: Path) -> np.ndarray:
     """Tokens of the shard, uint16 [n], mapped and not read; ValueError as in `verify_shard`."""
     verify_shard(path)
     return np.asarray(np.memmap(path, "<u2", "r", HEADER_BYTES))
+
+
+# -----------------------------------------------------------------------------
+# where a dataset is made
+
+
+@dataclass
+class Place:
+    """Where the dataset <name> lies, and what lies beside it while it is made:
+
+    datasets/<name>            at any moment the old dataset, none, or the new one
+    datasets/.<name>.new       the new one, not complete; the next call removes it
+    datasets/.<name>.ready     complete and checked; the next call moves it to its place
+    datasets/.<name>.old       the old one, replaced; the next call removes it
+    datasets/.<name>.download  what has arrived from the hub; the next call goes on with it
+    datasets/.<name>.lock      locked by the call at work
+    """
+
+    root: Path
+    name: str
+
+    def __post_init__(self):
+        # a link to another disk is followed: files are renamed there, beside the real folder
+        self.folder = (self.root / "datasets" / self.name).resolve()
+
+    def beside(self, what: str) -> Path:
+        return self.folder.with_name(f".{self.folder.name}.{what}")
+
+    def model(self, file: str) -> Path:
+        return self.root / "tokenizers" / file
+
+    @contextmanager
+    def locked(self) -> Iterator["Place"]:
+        """Finish what an earlier call left, then work; removes the new dataset if that fails.
+
+        Raises: ValueError if nothing can be written there, or another call is at work.
+        """
+        check_writable(self.root, self.folder.parent, self.root / "tokenizers")
+        if os.path.ismount(self.folder):
+            raise ValueError(
+                f"{self.folder} is a mount point, which cannot be replaced: mount the folder "
+                "above it, or give another --output-root"
+            )
+        with open(self.beside("lock"), "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"{self.folder}: another prepare.py is at work on it; wait for its end"
+                ) from error
+            except OSError:  # some network file systems have no locks
+                pass
+            self.recover()
+            try:
+                yield self
+            finally:
+                shutil.rmtree(self.beside("new"), ignore_errors=True)
+
+    def recover(self) -> None:
+        if self.beside("ready").exists():
+            print(f"{self.folder}: moving the dataset that an earlier call completed to its place")
+            self.move_in()
+        elif self.folder.exists():
+            self.remove_old()
+        shutil.rmtree(self.beside("new"), ignore_errors=True)
+
+    def new_folder(self) -> Path:
+        self.beside("new").mkdir()
+        return self.beside("new")
+
+    def replace(self) -> None:
+        """The new dataset takes the place of the old one."""
+        os.rename(self.beside("new"), self.beside("ready"))
+        self.move_in()
+
+    def move_in(self) -> None:
+        """Can be cut short at any line and called again."""
+        ready = self.beside("ready")
+        if self.folder.exists():
+            os.rename(self.folder, self.beside("old"))
+        for model in ready.glob("*.model"):
+            with atomic(self.model(model.name)) as temporary:  # may be another file system
+                shutil.copyfile(model, temporary)
+            model.unlink()
+        os.rename(ready, self.folder)
+        self.remove_old()
+
+    def remove_old(self) -> None:
+        """Files that are not of the dataset stay in the folder."""
+        old = self.beside("old")
+        if not old.exists():
+            return
+        for path in old.iterdir():
+            kept = self.folder / path.name
+            if not re.fullmatch(OWN_FILES, path.name) and not kept.exists():
+                os.rename(path, kept)
+        shutil.rmtree(old)
+
+    def check_model(self, file: str, sha256: str) -> None:
+        """Raises: ValueError if the dataset would replace the tokenizer of another one."""
+        model = self.model(file)
+        if not model.exists() or (found := sha256_of(model)) == sha256:
+            return
+        for folder in sorted((self.root / "datasets").iterdir()):
+            stats = read_stats(folder)
+            same = Path(stats.get("tokenizer", "")).name == file
+            if folder.name != self.name and same and stats.get("tokenizer_sha256", found) == found:
+                raise ValueError(
+                    f"{model}: the dataset {folder.name} was made with it, and {self.name} needs "
+                    "another tokenizer of the same name: give another --name, or delete "
+                    f"{folder}"
+                )
+
+
+def check_writable(root: Path, *folders: Path) -> None:
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise ValueError(
+                f"--output-root {root}: cannot write in {folder}: {error.strerror}"
+            ) from error
+
+
+def check_space(folder: Path, needed: float, what: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"{folder.parent}: {what} need about {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB "
+            "are free: free some, or give another --output-root"
+        )
+
+
+def read_stats(folder: Path) -> dict:
+    """stats.json of the folder, {} if it has none that can be read."""
+    try:
+        stats = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return stats if isinstance(stats, dict) else {}
+
+
+def check_origin(folder: Path, source: dict | None) -> None:
+    """Raises: ValueError if the folder holds shards of another origin than `source`, the repository
+    or None for own text: they would be mixed or lost."""
+    if not any(folder.glob("fineweb_*.bin")):
+        return
+    stats, note = read_stats(folder), folder / "source.json"
+    found = stats.get("source")
+    if not found and note.exists():  # of an earlier version of this program
+        found = json.loads(note.read_text(encoding="utf-8"))
+    if source and found and found != source:
+        raise ValueError(f"{folder} holds shards of {found}; delete it to download from {source}")
+    if source and stats and not found:
+        raise ValueError(f"{folder} holds shards of own text; delete it to download from {source}")
+    if not source and (found or not stats):
+        origin = f"of {found}" if found else "without a stats.json that says what they are"
+        raise ValueError(f"{folder} holds shards {origin}: delete it, or give another --name")
 
 
 # -----------------------------------------------------------------------------
@@ -176,17 +377,18 @@ def find_overlap(folder: Path) -> tuple[int, int, str | None]:
     return found, total, first
 
 
-def measure_overlap(folder: Path, remedy: str) -> dict[str, int]:
+def measure_overlap(folder: Path, remedy: str, place: Path | None = None) -> dict[str, int]:
     """The figures `overlap` of stats.json: `find_overlap` over all shards in the folder.
 
-    Raises: ValueError, ending with the remedy, at more than MAX_OVERLAP % of the validation
-    documents.
+    Raises: ValueError, beginning with the place or else the folder and ending with the remedy, at
+    more than MAX_OVERLAP % of the validation documents.
     """
     found, total, first = find_overlap(folder)
     if 100 * found > MAX_OVERLAP * total:
         raise ValueError(
-            f"{folder}: {found:,} of {total:,} validation documents ({found / total:.1%}) stand in "
-            f"the training shards, the first in {first}; at most {MAX_OVERLAP} % may: {remedy}"
+            f"{place or folder}: {found:,} of {total:,} validation documents ({found / total:.1%}) "
+            f"stand in the training shards, the first in {first}; "
+            f"at most {MAX_OVERLAP} % may: {remedy}"
         )
     return {"validation_documents_in_training": found, "validation_documents": total}
 
@@ -268,15 +470,25 @@ def case_bytes(table: np.ndarray, ids: list[int]) -> np.ndarray:
 
 
 def load_tokenizer(path: Path, caseops: bool = False) -> spm.SentencePieceProcessor:
-    sp = spm.SentencePieceProcessor(model_file=str(path))
+    sp, model = spm.SentencePieceProcessor(), path.read_bytes()
+    try:
+        loaded = model and sp.LoadFromSerializedProto(model)
+    except RuntimeError:
+        loaded = False
+    if not loaded:
+        raise ValueError(f"{path}: found {len(model):,} bytes; expected a SentencePiece model")
     if sp.bos_id() != BOS:
         raise ValueError(f"{path}: found BOS id {sp.bos_id()}; expected {BOS}")
+    if not sp.is_control(BOS):  # its name would be counted as text at the start of each document
+        raise ValueError(f"{path}: found BOS as a piece of text; expected a control piece")
     # without this piece a lone space becomes three byte tokens, and counting bytes by token
     # overstates the text
     if sp.piece_to_id("\u2581") == sp.unk_id():
         raise ValueError(f"{path}: has no piece for a lone space (U+2581)")
-    if sp.vocab_size() > 2**16:
-        raise ValueError(f"{path}: found {sp.vocab_size()} pieces; a shard holds ids below {2**16}")
+    if sp.vocab_size() > MAX_VOCAB_SIZE:
+        raise ValueError(
+            f"{path}: found {sp.vocab_size()} pieces; a shard holds ids below {MAX_VOCAB_SIZE}"
+        )
     pieces = map(sp.id_to_piece, range(sp.vocab_size()))
     operators = [piece for piece in pieces if set(piece) & set(OPERATORS)]
     has_ids = sp.encode(OPERATORS) == OPERATOR_IDS
@@ -305,6 +517,7 @@ def train_tokenizer(
     being pieces 4 to 7.
 
     Returns the path of the model, <model_prefix>.model or <model_prefix>_caseops.model.
+    Raises: ValueError if the texts do not give that many pieces, or need more.
     """
     model = io.BytesIO()
     if caseops:
@@ -314,40 +527,118 @@ def train_tokenizer(
         )
         # as `encode_documents` does
         texts = (encode_case(reader.normalize(text)) for text in texts)
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=training_slices(texts),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        character_coverage=0.999,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="nmt_nfkc",
-        add_dummy_prefix=False,
-        hard_vocab_limit=False,
-        pad_id=0,
-        bos_id=BOS,
-        eos_id=2,
-        unk_id=3,
-        minloglevel=2,
-        user_defined_symbols=list(OPERATORS) if caseops else [],
-    )
+    with trainer_errors(vocab_size) as watched:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=watched(training_slices(texts)),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=0.999,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="nmt_nfkc",
+            add_dummy_prefix=False,
+            hard_vocab_limit=False,
+            pad_id=0,
+            bos_id=BOS,
+            eos_id=2,
+            unk_id=3,
+            minloglevel=2,
+            user_defined_symbols=list(OPERATORS) if caseops else [],
+        )
+    check_vocab_size(model.getvalue(), vocab_size)
     path = model_prefix.with_name(model_prefix.name + ".model")
     with atomic(path) as temporary:
         temporary.write_bytes(model.getvalue())
     return path
 
 
+@contextmanager
+def trainer_errors(vocab_size: int) -> Iterator[Callable[[Iterable[str]], Iterator[str]]]:
+    """Yields a function to pass the texts through. SentencePiece makes a RuntimeError of whatever
+    is raised while it reads them: here that error comes out again, and its own with our words."""
+    raised = []
+
+    def watched(texts):
+        try:
+            yield from texts
+        except BaseException as error:
+            raised.append(error)
+            raise
+
+    try:
+        yield watched
+    except RuntimeError as error:
+        if raised:
+            raise raised[0] from None
+        if needed := re.search(r"smaller than required_chars. \d+ vs (\d+)", str(error)):
+            raise ValueError(
+                f"--vocab-size {vocab_size}: bytes, control pieces and characters of the training "
+                f"text need {needed[1]} pieces"
+            ) from error
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"--vocab-size {vocab_size}: no tokenizer of this text: {reason}"
+        ) from error
+
+
+def check_vocab_size(model: bytes, vocab_size: int) -> None:
+    found = spm.SentencePieceProcessor(model_proto=model).vocab_size()
+    if found != vocab_size:
+        raise ValueError(
+            f"--vocab-size {vocab_size}: the training text gives only {found} pieces: ask for no "
+            "more, or give more text"
+        )
+
+
 def encode_documents(
     sp: spm.SentencePieceProcessor, texts: Iterable[str], caseops: bool
-) -> Iterator[list[int]]:
-    """BOS and the ids of each text. The transform comes after normalisation, which joins letters
-    with what follows them and makes ASCII letters of others: it could separate an operator from
-    its letter."""
+) -> Iterator[tuple[str, list[int]]]:
+    """(what the model is given, BOS and its ids) of each text. The transform comes after
+    normalisation, which joins letters with what follows them and makes ASCII letters of others: it
+    could separate an operator from its letter."""
     texts = (encode_case(normalised(sp, text)) for text in texts) if caseops else iter(texts)
     while batch := list(islice(texts, 256)):  # by batches, so that SentencePiece uses all cores
-        for ids in sp.encode(batch):
-            yield [BOS] + ids
+        for text, ids in zip(batch, sp.encode(batch), strict=True):
+            yield text, [BOS] + ids
+
+
+def decode_checked(sp: spm.SentencePieceProcessor, given: str, ids: list[int]) -> str:
+    """The text of the ids, BOS first.
+
+    Raises: ValueError if that is not the given text as the model normalises it: a piece is missing,
+    and no bytes stand in for it.
+    """
+    text, expected = sp.decode(ids[1:]), normalised(sp, given)
+    # some models put a space before each text and take it away again
+    if text not in (expected, expected.removeprefix(" ")):
+        at = len(os.path.commonprefix([text, expected]))
+        raise ValueError(
+            f"the tokenizer does not give back its text: found {text[at : at + 20]!a} at "
+            f"character {at}; expected {expected[at : at + 20]!a}"
+        )
+    return text
+
+
+class ByteTable:
+    """Bytes by token, as the competition counts them: a piece is its UTF-8 length, a space at its
+    start counts unless a control piece is before it, spaces inside are U+2581 of three bytes."""
+
+    def __init__(self, sp: spm.SentencePieceProcessor):
+        ids, pieces = range(sp.vocab_size()), map(sp.id_to_piece, range(sp.vocab_size()))
+        boundary = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids]
+        self.boundary = np.array(boundary)
+        plain = ~self.boundary & ~np.array([sp.is_byte(i) for i in ids])
+        pieces = list(pieces)
+        self.space = plain & np.array([piece.startswith("\u2581") for piece in pieces])
+        sizes = [len(piece.removeprefix("\u2581").encode()) for piece in pieces]
+        self.base = np.where(plain, sizes, ~self.boundary)
+
+    def count(self, ids: list[int]) -> int:
+        """Bytes of a document, BOS first."""
+        ids = np.array(ids)
+        spaces = self.space[ids[1:]] & ~self.boundary[ids[:-1]]
+        return int(self.base[ids].sum() + spaces.sum())
 
 
 # -----------------------------------------------------------------------------
@@ -355,22 +646,65 @@ def encode_documents(
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """The `text` of every line of a .jsonl or .jsonl.zst file; empty texts are skipped."""
+    """The `text` of every line of a .jsonl file, plain, .gz or .zst; empty texts are skipped.
+
+    Raises: ValueError naming file and line.
+    """
+    for number, line in enumerate(read_lines(path), start=1):
+        try:
+            text = json.loads(line)["text"]
+            # JSON can spell half a surrogate pair, UTF-8 cannot
+            text = text.encode("utf-8", errors="replace").decode("utf-8")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{path}, line {number}: expected a JSON object with a string `text`; "
+                f"found {line[:60]}"
+            ) from error
+        if text.strip():
+            yield text
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Lines of a file, plain or compressed, as its first bytes say.
+
+    Raises: ValueError naming the file if it is cut, damaged or compressed in another way.
+    """
     with open(path, "rb") as file:
-        if path.suffix == ".zst":  # zstandard's default refuses windows over 128 MiB
-            unpacker = zstandard.ZstdDecompressor(max_window_size=2**31)
-            file = io.BufferedReader(unpacker.stream_reader(file, read_across_frames=True))
-        for number, line in enumerate(file, start=1):
-            try:
-                text = json.loads(line)["text"]
-                # JSON can spell half a surrogate pair, UTF-8 cannot
-                text = text.encode("utf-8", errors="replace").decode("utf-8")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"{path}, line {number}: expected a JSON object with a string `text`"
-                ) from error
-            if text.strip():
-                yield text
+        start = file.peek(8)[:8]
+        for magic, name in OTHER_FORMATS.items():
+            if start.startswith(magic):
+                raise ValueError(f"{path}: found {name}; expected JSON lines, plain, .gz or .zst")
+        try:
+            if start[:2] == b"\x1f\x8b":
+                yield from gzip.open(file)
+            elif start[:4] == b"\x28\xb5\x2f\xfd" or start[1:4] == b"\x2a\x4d\x18":
+                yield from split_lines(zstd_chunks(file))
+            else:
+                yield from file
+        except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+            raise ValueError(f"{path}: the compressed file is cut or damaged: {error}") from error
+
+
+def zstd_chunks(file: io.BufferedReader) -> Iterator[bytes]:
+    """Frame by frame: the library's own reader takes a file that is cut for one that ends."""
+    # zstandard's default refuses windows over 128 MiB
+    unpacker, frame = zstandard.ZstdDecompressor(max_window_size=2**31), None
+    while data := file.read(2**16):
+        while data:
+            frame = frame or unpacker.decompressobj()
+            yield frame.decompress(data)
+            data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame:
+        raise EOFError("it ends inside a frame")
+
+
+def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+    if rest:
+        yield rest
 
 
 @dataclass
@@ -384,17 +718,32 @@ class DocumentRange:
     def __iter__(self) -> Iterator[str]:
         return islice(read_documents(self.path), self.start, self.stop)
 
+    def __str__(self) -> str:
+        return f"{self.path}" + f" after its first {self.start:,} documents" * bool(self.start)
 
-def check_disjoint(train: Iterable[str], val: Iterable[str]) -> None:
-    def digests(texts):
-        return (hashlib.sha256(text.strip().encode()).digest() for text in texts)
 
-    numbers = {digest: number for number, digest in enumerate(digests(val))}
-    for number, digest in enumerate(digests(train)):
+def survey(train: Iterable[str], val: Iterable[str]) -> dict[str, int]:
+    """UTF-8 bytes of the texts of each split.
+
+    Raises: ValueError if a split has no text, or both have the same one.
+    """
+    sizes = {"train": 0, "val": 0}
+
+    def digests(split, texts):
+        for text in tqdm(texts, desc=f"reading {split}", unit=" documents"):
+            sizes[split] += len(text.encode())
+            yield hashlib.sha256(text.strip().encode()).digest()
+
+    numbers = {digest: number for number, digest in enumerate(digests("val", val))}
+    for number, digest in enumerate(digests("train", train)):
         if digest in numbers:
             raise ValueError(
                 f"validation document {numbers[digest]} is also training document {number} (from 0)"
             )
+    for split, texts in {"train": train, "val": val}.items():
+        if not sizes[split]:
+            raise ValueError(f"no text for the {split} split: found no document in {texts}")
+    return sizes
 
 
 def compressor_bpb(text: bytes) -> dict[str, float]:
@@ -410,7 +759,7 @@ def compressor_bpb(text: bytes) -> dict[str, float]:
 def write_split(
     folder: Path,
     split: str,
-    sp: spm.SentencePieceProcessor,
+    tokenizer: Path,
     texts: Iterable[str],
     shard_tokens: int,
     caseops: bool,
@@ -418,29 +767,44 @@ def write_split(
     """Shard the texts, with `caseops` a byte sidecar for validation. Returns the figures and, up to
     COMPRESSOR_LIMIT, the text that the tokens spell.
 
-    Raises: ValueError if there is no text, or if the sidecar does not sum to it.
+    Raises: ValueError if there is no text, if a document is not what its tokens spell, or if their
+    bytes do not sum to it: of validation as the competition counts them, with `caseops` of the
+    sidecar.
     """
+    sp = load_tokenizer(tokenizer, caseops)
     figures = {"documents": 0, "tokens": 0, "bytes": 0}
     figures |= {"documents_with_lost_case": 0} if caseops else {}
-    spelled, sidecar, table = bytearray(), [], piece_bytes(sp) if caseops else None
+    spelled, sidecar = bytearray(), []
+    table, plain_table = piece_bytes(sp) if caseops else None, ByteTable(sp)
+
+    def spell(given: str, ids: list[int]) -> str:
+        text = decode_checked(sp, given, ids)  # what counts is what the tokens spell
+        counted = expected = len(text.encode())
+        if caseops:
+            transformed, text = text, decode_case(text)
+            # the model normalises the transformed text too: j and a caron are one character,
+            # J and a caron not
+            figures["documents_with_lost_case"] += encode_case(text) != transformed
+            counts, expected = case_bytes(table, ids), len(text.encode())
+            counted = counts.sum()
+            if split == "val":
+                sidecar.append(counts)
+        elif split == "val":
+            counted = plain_table.count(ids)
+        if counted != expected:
+            raise ValueError(
+                f"its tokens account for {counted} bytes; expected the {expected} of its text"
+            )
+        return text
 
     def counted():
-        for ids in tqdm(encode_documents(sp, texts, caseops), desc=split, unit=" documents"):
-            text = sp.decode(ids[1:])  # nmt_nfkc changes text: what counts is what the tokens spell
-            if caseops:
-                transformed, text = text, decode_case(text)
-                # the model normalises the transformed text too: j and a caron are one character,
-                # J and a caron not
-                figures["documents_with_lost_case"] += encode_case(text) != transformed
-                counts = case_bytes(table, ids)
-                if counts.sum() != len(text.encode()):
-                    raise ValueError(
-                        f"{split} document {figures['documents']} (from 0): its tokens account for "
-                        f"{counts.sum()} bytes; expected the {len(text.encode())} of its text"
-                    )
-                if split == "val":
-                    sidecar.append(counts)
-            text = text.encode()
+        for given, ids in tqdm(encode_documents(sp, texts, caseops), desc=split, unit=" documents"):
+            try:
+                text = spell(given, ids).encode()
+            except ValueError as error:
+                raise ValueError(
+                    f"{tokenizer.name}: {split} document {figures['documents']} (from 0): {error}"
+                ) from error
             figures["documents"] += 1
             figures["tokens"] += len(ids)
             figures["bytes"] += len(text)
@@ -450,7 +814,7 @@ def write_split(
 
     figures["shards"] = write_shards(folder, split, counted(), shard_tokens, sp.vocab_size())
     if not figures["bytes"]:
-        raise ValueError(f"no text for the {split} split of {folder}")
+        raise ValueError(f"no text for the {split} split: its documents have no bytes")
     figures["bytes_per_token"] = round(figures["bytes"] / figures["tokens"], 4)
     if sidecar:
         write_shards(folder, f"{split}_bytes", sidecar, shard_tokens, 2**16)
@@ -458,41 +822,65 @@ def write_split(
     return figures, bytes(spelled)
 
 
-def build_dataset(
-    root: Path,
-    name: str,
-    tokenizer: Path,
-    train: Iterable[str],
-    val: Iterable[str],
-    shard_tokens: int,
-    caseops: bool = False,
-) -> dict:
-    """Shard both splits into datasets/<name>; `train` and `val` are iterated twice.
+@dataclass
+class OwnText:
+    """A dataset to be made of texts; `train` and `val` are iterated several times."""
 
-    Raises: ValueError if the splits share a text, or too many documents (see `measure_overlap`).
-    """
-    sp = load_tokenizer(tokenizer, caseops)
-    check_disjoint(train, val)
-    folder = root / "datasets" / name
-    (folder / "stats.json").unlink(missing_ok=True)
-    for shard in folder.glob("fineweb_*.bin"):  # of an earlier, longer run, and its sidecars
-        shard.unlink()
-    val_figures, val_text = write_split(folder, "val", sp, val, shard_tokens, caseops)
-    train_figures, _ = write_split(folder, "train", sp, train, shard_tokens, caseops)
-    stats = {
-        "name": name,
-        "tokenizer": str(tokenizer),
-        "vocab_size": sp.vocab_size(),
-        "caseops": caseops,
-    }
-    stats |= {"train": train_figures, "val": val_figures}
-    stats["overlap"] = measure_overlap(
-        folder, "take them out of the training text, or hold out other documents (--val-docs)"
-    )
-    if len(val_text) == val_figures["bytes"]:
-        stats["val_compressor_bpb"] = compressor_bpb(val_text)
-    write_json(folder / "stats.json", stats)
-    return stats
+    name: str
+    train: Iterable[str]
+    val: Iterable[str]
+    shard_tokens: int
+    caseops: bool
+    tokenizer: Path | None  # without one, a model of vocab_size pieces is trained
+    vocab_size: int | None
+    model_prefix: str  # of its file
+
+    def build(self, root: Path) -> dict:
+        """Returns stats.json of the new dataset, which is in its place.
+
+        Raises: ValueError if the texts or the tokenizer do not fit, or the splits share a text, or
+        too many documents (see `measure_overlap`); then nothing has changed.
+        """
+        with Place(root, self.name).locked() as place:
+            check_origin(place.folder, None)
+            if self.tokenizer:
+                load_tokenizer(self.tokenizer, self.caseops)
+            sizes = survey(self.train, self.val)
+            folder = place.new_folder()
+            stats = self.write(place, folder, self.find_tokenizer(place, folder), sizes)
+            write_json(folder / "stats.json", stats)
+            place.replace()
+        return stats
+
+    def find_tokenizer(self, place: Place, folder: Path) -> Path:
+        if self.tokenizer:
+            return self.tokenizer
+        prefix = folder / self.model_prefix
+        model = train_tokenizer(self.train, self.vocab_size, prefix, self.caseops)
+        place.check_model(model.name, sha256_of(model))
+        return model
+
+    def write(self, place: Place, folder: Path, tokenizer: Path, sizes: dict[str, int]) -> dict:
+        """Shards in the folder; returns the stats."""
+        options = self.shard_tokens, self.caseops
+        val, val_text = write_split(folder, "val", tokenizer, self.val, *options)
+        needed = 2 * sizes["train"] / val["bytes_per_token"]
+        check_space(folder, needed, "the training shards")
+        train, _ = write_split(folder, "train", tokenizer, self.train, *options)
+        stats = {
+            "name": self.name,
+            "tokenizer": str(self.tokenizer or place.model(tokenizer.name)),
+            "tokenizer_sha256": sha256_of(tokenizer),
+            "vocab_size": load_tokenizer(tokenizer, self.caseops).vocab_size(),
+            "caseops": self.caseops,
+            "train": train,
+            "val": val,
+        }
+        remedy = "take them out of the training text, or hold out other documents (--val-docs)"
+        stats["overlap"] = measure_overlap(folder, remedy, place.folder)
+        if len(val_text) == val["bytes"]:
+            stats["val_compressor_bpb"] = compressor_bpb(val_text)
+        return stats | {"files": describe_shards(folder)}
 
 
 # -----------------------------------------------------------------------------
@@ -567,12 +955,47 @@ def split_demo(documents: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
 def build_demo(root: Path, shard_tokens: int, caseops: bool = False) -> dict:
     train, val = split_demo(demo_documents())
     name, prefix = "demo_caseops" if caseops else "demo", f"demo_{DEMO_VOCAB_SIZE}_bpe"
-    tokenizer = train_tokenizer(train, DEMO_VOCAB_SIZE, root / "tokenizers" / prefix, caseops)
-    return build_dataset(root, name, tokenizer, train, val, shard_tokens, caseops)
+    text = OwnText(name, train, val, shard_tokens, caseops, None, DEMO_VOCAB_SIZE, prefix)
+    return text.build(root)
 
 
 # -----------------------------------------------------------------------------
 # download
+
+
+GATED = (
+    "the repository is not there, private or gated: check MATCHED_FINEWEB_REPO_ID, or accept its "
+    "terms on the hub and set HF_TOKEN"
+)
+HTTP_REMEDIES = {
+    401: GATED,
+    403: GATED,
+    404: "check MATCHED_FINEWEB_REPO_ID and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX",
+    429: "wait some minutes and call again; what has arrived is kept",
+    500: "call again later; what has arrived is kept",
+}
+NETWORK_REMEDY = "check network, proxy and HF_ENDPOINT and call again; what has arrived is kept"
+DISK_REMEDY = "free some space and call again; what has arrived is kept"
+
+
+class HubError(OSError):
+    """What the hub or the network said, with its reason and what to do."""
+
+
+def hub_reason(error: Exception) -> str:
+    """HTTP status, or the innermost of the library's chain of errors, and what to do about it."""
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    responses = [getattr(cause, "response", None) for cause in causes]
+    response = next((found for found in responses if found is not None), None)
+    if response is not None:
+        status = response.status_code
+        remedy = HTTP_REMEDIES.get(status, HTTP_REMEDIES[500])
+        return f"HTTP {status} {response.reason_phrase}: {remedy}"
+    reason = " ".join(str(causes[-1]).split()) or type(causes[-1]).__name__
+    full = any(getattr(cause, "errno", None) == errno.ENOSPC for cause in causes)
+    return f"{reason}: {DISK_REMEDY if full else NETWORK_REMEDY}"
 
 
 @dataclass
@@ -581,133 +1004,317 @@ class Hub:
 
     repo_id: str
     remote_root: str
-    staging: Path
+    arriving: Path
 
-    def fetch(self, remote: str) -> Path:
-        # Not through the hub's cache, which would keep a second copy of 16 GB; always anew, because
-        # whatever lies in the staging folder is a manifest of another day or a file that failed
-        # verification.
-        arrived = huggingface_hub.hf_hub_download(
-            repo_id=self.repo_id,
-            repo_type="dataset",
-            filename=str(PurePosixPath(self.remote_root, remote)),
-            local_dir=self.staging,
-            force_download=True,
-        )
-        return Path(arrived)
+    @contextmanager
+    def asked_for(self, remote: str) -> Iterator[str]:
+        """Yields the path in the repository. The library raises errors of its own, of its HTTP
+        client and of its Rust part: all of them become HubError."""
+        try:
+            yield str(PurePosixPath(self.remote_root, remote))
+        except Exception as error:
+            raise HubError(f"{self.repo_id}, {remote}: {hub_reason(error)}") from error
+
+    def describe(self, remote: str) -> huggingface_hub.HfFileMetadata:
+        """Size and checksum of the file; asks again a few times where the hub is busy or away."""
+        with self.asked_for(remote) as filename:
+            url = huggingface_hub.hf_hub_url(self.repo_id, filename, repo_type="dataset")
+            return huggingface_hub.get_hf_file_metadata(url, retry_on_errors=True)
+
+    def fetch(self, remote: str, told: huggingface_hub.HfFileMetadata) -> tuple[Path, str, bool]:
+        """Returns the file, its sha256, and whether the hub told a checksum, which then is the
+        file's. Raises: HubError; ValueError if size or checksum differ."""
+        with self.asked_for(remote) as filename:
+            # not through the user's cache, which would keep a second copy of 16 GB
+            arrived = huggingface_hub.hf_hub_download(
+                repo_id=self.repo_id,
+                repo_type="dataset",
+                filename=filename,
+                local_dir=self.arriving,
+                cache_dir=self.arriving / "cache",
+            )
+        try:
+            return Path(arrived), *compare(Path(arrived), told)
+        except ValueError as error:
+            raise ValueError(f"{self.repo_id} sent a bad {remote}: {error}; call again") from error
+
+
+def compare(path: Path, told: huggingface_hub.HfFileMetadata) -> tuple[str, bool]:
+    """sha256 of the file, and whether the hub told a checksum: sha256 of a large file, git's blob
+    hash of a small one. Raises: ValueError if size or checksum differ."""
+    size, etag = path.stat().st_size, told.etag or ""
+    if told.size not in (None, size):
+        raise ValueError(f"found {size} bytes; expected {told.size}, says the hub")
+    found = own = sha256_of(path)
+    if re.fullmatch("[0-9a-f]{40}", etag):
+        blob = path.read_bytes()
+        found = hashlib.sha1(b"blob %d\0" % size + blob).hexdigest()
+    elif not re.fullmatch("[0-9a-f]{64}", etag):
+        return own, False
+    if found != etag:
+        raise ValueError(f"found checksum {found}; expected {etag}, says the hub")
+    return own, True
+
+
+def read_manifest(path: Path, repo_id: str) -> dict:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(manifest, dict)
+        return manifest
+    except (ValueError, AssertionError) as error:
+        raise ValueError(
+            f"{repo_id}: manifest.json is no JSON object; found {path.read_bytes()[:60]}"
+        ) from error
 
 
 def manifest_entry(manifest: dict, name: str, vocab_size: int, repo_id: str) -> tuple[dict, str]:
     """(shard statistics, remote path of the tokenizer) of a dataset that the manifest must name."""
-    datasets = {dataset["name"]: dataset for dataset in manifest.get("datasets", [])}
-    if name not in datasets:
-        raise ValueError(
-            f"the manifest of {repo_id} has no dataset {name}; it has {sorted(datasets)}"
-        )
-    wanted = datasets[name]["tokenizer_name"]
-    for tokenizer in manifest.get("tokenizers", []):
-        if (tokenizer["name"], tokenizer["vocab_size"]) == (wanted, vocab_size):
-            return datasets[name]["stats"], tokenizer["model_path"]
+    try:
+        datasets = {dataset["name"]: dataset for dataset in manifest.get("datasets", [])}
+        if name not in datasets:
+            raise ValueError(
+                f"the manifest of {repo_id} has no dataset {name}; it has {sorted(datasets)}"
+            )
+        wanted, stats = datasets[name]["tokenizer_name"], datasets[name]["stats"]
+        stats = {key: int(stats[key]) for key in ("files_train", "files_val", "tokens_val")}
+        for tokenizer in manifest.get("tokenizers", []):
+            if (tokenizer["name"], tokenizer["vocab_size"]) == (wanted, vocab_size):
+                return stats, tokenizer["model_path"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the manifest of {repo_id} has no readable entry {error}") from error
     raise ValueError(f"the manifest of {repo_id} has no tokenizer {wanted} of {vocab_size} pieces")
 
 
-def claim_folder(folder: Path, source: dict) -> None:
-    """Note where the shards come from; shards of two repositories have the same names and must not
-    mix."""
-    note = folder / "source.json"
-    if note.exists() and (found := json.loads(note.read_text(encoding="utf-8"))) != source:
-        raise ValueError(f"{folder} holds shards of {found}; delete it to download from {source}")
-    (folder / "stats.json").unlink(missing_ok=True)
-    write_json(note, source)
+def shard_names(split: str, count: int) -> list[str]:
+    return [f"fineweb_{split}_{index:06d}.bin" for index in range(count)]
 
 
-def fetch_shard(hub: Hub, remote: str, path: Path) -> int:
-    """Number of tokens of the shard, downloaded unless a good one is in place."""
-    if path.exists():
-        try:
-            return verify_shard(path)
-        except ValueError as error:
-            tqdm.write(f"downloading again: {error}")
-    arrived = hub.fetch(remote)
+def link(source: Path, target: Path) -> None:
+    """The same file under a second name; a copy where the file system has no such links."""
     try:
-        count = verify_shard(arrived)
-    except ValueError as error:
-        raise ValueError(f"{hub.repo_id} sent a bad {remote}: {error}") from error
-    os.replace(arrived, path)
-    return count
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
-def fetch_tokenizer(hub: Hub, remote: str, path: Path, vocab_size: int) -> None:
-    arrived = hub.fetch(remote)
-    found = load_tokenizer(arrived).vocab_size()
-    if found != vocab_size:
-        raise ValueError(
-            f"{hub.repo_id} sent a bad {remote}: found {found} pieces; expected {vocab_size}"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(arrived, path)
+@dataclass
+class Download:
+    """An official variant on its way from the hub to datasets/<name>."""
+
+    place: Place
+    source: dict  # repo_id, remote_root
+    vocab_size: int
+
+    def __post_init__(self):
+        self.stock = self.place.beside("download")  # what has arrived and was verified
+        # what lies there from an earlier call did not arrive whole, or failed verification
+        shutil.rmtree(self.stock / "arriving", ignore_errors=True)
+        self.hub = Hub(**self.source, arriving=self.stock / "arriving")
+        self.verified = True
+
+    def run(self, train_shards: int) -> dict:
+        """All validation shards, the first `train_shards` training shards and the tokenizer: the
+        stats of the new dataset, which is in its place.
+
+        Raises: ValueError if the repository does not have them, sends bad ones, or its splits share
+        too many documents (see `measure_overlap`); HubError. What has arrived is kept.
+        """
+        path, *_ = self.hub.fetch("manifest.json", self.hub.describe("manifest.json"))
+        manifest = read_manifest(path, self.hub.repo_id)
+        name, repo_id = self.place.name, self.hub.repo_id
+        expected, model_path = manifest_entry(manifest, name, self.vocab_size, repo_id)
+        if not 0 < train_shards <= expected["files_train"]:
+            raise ValueError(
+                f"--train-shards {train_shards}: {repo_id} has {expected['files_train']}"
+                f" for {name.removeprefix('fineweb10B_')}"
+            )
+        self.claim()
+        names = shard_names("val", expected["files_val"])
+        names += self.wanted_training(train_shards, expected["files_train"])
+        self.check_known(names)
+        stats = self.collect(names, model_path, expected)
+        self.place.replace()
+        shutil.rmtree(self.stock)
+        write_json(self.place.root / "manifest.json", manifest | {"downloaded_from": self.source})
+        print(f"{self.place.root / 'manifest.json'} is now the one of {repo_id}")
+        return stats
+
+    def claim(self) -> None:
+        """Shards of two repositories have the same names and must not mix."""
+        check_origin(self.place.folder, self.source)
+        check_origin(self.stock, self.source)
+        write_json(self.stock / "source.json", self.source)
+
+    def wanted_training(self, train_shards: int, available: int) -> list[str]:
+        """As many as are asked for, and at least those that the folder holds."""
+        names = shard_names("train", available)
+        held = [i for i, name in enumerate(names) if (self.place.folder / name).exists()]
+        kept = max(held, default=-1) + 1
+        if kept > train_shards:
+            print(
+                f"{self.place.folder} holds training shards up to {names[kept - 1]}: all are kept"
+            )
+        return names[: max(kept, train_shards)]
+
+    def check_known(self, names: list[str]) -> None:
+        found = {path.name for path in self.place.folder.glob("fineweb_*.bin")}
+        if unknown := sorted(found - set(names)):
+            raise ValueError(
+                f"{self.place.folder}: {self.hub.repo_id} has no {unknown[0]}: move it away"
+            )
+
+    def collect(self, names: list[str], model_path: str, expected: dict) -> dict:
+        """The new folder, complete and verified; returns its stats."""
+        folder, repo_id = self.place.new_folder(), self.hub.repo_id
+        model_sha256 = self.fetch_tokenizer(model_path, folder)
+        files = self.find_shards(self.describe(names), folder)
+        stats = {
+            "name": self.place.name,
+            "source": self.source,
+            "tokenizer": str(self.place.model(self.model_name)),
+            "tokenizer_sha256": model_sha256,
+            "vocab_size": self.vocab_size,
+        }
+        for split in ("val", "train"):
+            tokens = [files[path.name]["tokens"] for path in shards_of(folder, split)]
+            stats[split] = {"tokens": sum(tokens), "shards": len(tokens)}
+        if stats["val"]["tokens"] != expected["tokens_val"]:
+            raise ValueError(
+                f"{self.place.folder}: found {stats['val']['tokens']:,} validation tokens; "
+                f"expected {expected['tokens_val']:,}, says the manifest of {repo_id}"
+            )
+        remedy = "set MATCHED_FINEWEB_REPO_ID to a repository without them"
+        if self.place.folder.exists():
+            remedy = "delete the folder and " + remedy
+        stats["overlap"] = measure_overlap(folder, remedy, self.place.folder)
+        stats |= {"verified": self.verified, "files": files}
+        write_json(folder / "stats.json", stats)
+        return stats
+
+    @property
+    def model_name(self) -> str:
+        return f"fineweb_{self.vocab_size}_bpe.model"
+
+    def describe(self, names: list[str]) -> dict[str, huggingface_hub.HfFileMetadata]:
+        """Of all shards before the first arrives: one state of the repository, and the space."""
+        remotes = [f"datasets/{self.place.name}/{name}" for name in names]
+        with ThreadPoolExecutor(8) as pool:
+            return dict(zip(names, pool.map(self.hub.describe, remotes), strict=True))
+
+    def fetch_tokenizer(self, remote: str, folder: Path) -> str:
+        """Its sha256."""
+        arrived, sha256, verified = self.hub.fetch(remote, self.hub.describe(remote))
+        self.verified &= verified
+        found = load_tokenizer(arrived).vocab_size()
+        if found != self.vocab_size:
+            raise ValueError(
+                f"{self.hub.repo_id} sent a bad {remote}: found {found} pieces; "
+                f"expected {self.vocab_size}"
+            )
+        self.place.check_model(self.model_name, sha256)
+        os.replace(arrived, folder / self.model_name)
+        return sha256
+
+    def find_shards(self, told: dict[str, huggingface_hub.HfFileMetadata], folder: Path) -> dict:
+        """`files` of stats.json; the shards stand in the folder."""
+        files = {}
+        for name in tqdm(told, desc="on disk", unit=" files"):
+            for path in (self.place.folder / name, self.stock / name):
+                if name not in files and path.exists() and (entry := self.accept(path, told[name])):
+                    link(path, folder / name)
+                    files[name] = entry
+        missing = [name for name in told if name not in files]
+        check_space(folder, sum(told[name].size or 0 for name in missing), "the missing shards")
+        for name in tqdm(missing, desc=self.place.name, unit=" files"):
+            files[name] = self.fetch_shard(name, told[name])
+            link(self.stock / name, folder / name)
+        return dict(sorted(files.items()))
+
+    def accept(self, path: Path, told: huggingface_hub.HfFileMetadata) -> dict | None:
+        """The entry of a shard that is on disk, None if it is not the hub's."""
+        try:
+            count, (sha256, verified) = verify_shard(path), compare(path, told)
+            known = read_stats(path.parent).get("files", {}).get(path.name, {}).get("sha256")
+            if not verified and known not in (None, sha256):
+                raise ValueError(f"found checksum {sha256}; expected {known}, says stats.json")
+        except ValueError as error:
+            print(f"downloading again: {path}: {str(error).removeprefix(f'{path}: ')}")
+            return None
+        self.verified &= verified
+        return {"tokens": count, "sha256": sha256}
+
+    def fetch_shard(self, name: str, told: huggingface_hub.HfFileMetadata) -> dict:
+        """The entry of a shard that has arrived in the stock."""
+        remote = f"datasets/{self.place.name}/{name}"
+        arrived, sha256, verified = self.hub.fetch(remote, told)
+        try:
+            count = verify_shard(arrived)
+        except ValueError as error:
+            raise ValueError(f"{self.hub.repo_id} sent a bad {remote}: {error}") from error
+        os.replace(arrived, self.stock / name)
+        self.verified &= verified
+        return {"tokens": count, "sha256": sha256}
 
 
 def download(variant: str, train_shards: int, root: Path) -> dict:
-    """All validation shards, the first `train_shards` training shards and the tokenizer of an
-    official variant.
-
-    Raises: ValueError if the repository does not have them, sends bad ones, or its splits share too
-    many documents (see `measure_overlap`).
-    """
-    name, vocab_size = f"fineweb10B_{variant}", int(variant.removeprefix("sp"))
-    folder = root / "datasets" / name
-    model = root / "tokenizers" / f"fineweb_{vocab_size}_bpe.model"
+    """See `Download.run`."""
     default_repo = OFFICIAL_REPO if variant == "sp1024" else COMMUNITY_REPO
     source = {
         "repo_id": os.environ.get("MATCHED_FINEWEB_REPO_ID", default_repo),
         "remote_root": os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "datasets"),
     }
-    hub = Hub(**source, staging=folder / ".download")
-
-    # the manifest on disk may be of another repository or another day: it is replaced, never read
-    manifest = json.loads(hub.fetch("manifest.json").read_text(encoding="utf-8"))
-    expected, model_path = manifest_entry(manifest, name, vocab_size, hub.repo_id)
-    if not 0 < train_shards <= expected["files_train"]:
-        raise ValueError(
-            f"--train-shards {train_shards}: "
-            f"{hub.repo_id} has {expected['files_train']} for {variant}"
-        )
-    claim_folder(folder, source)
-    write_json(root / "manifest.json", manifest | {"downloaded_from": source})
-    print(f"{root / 'manifest.json'} is now the one of {hub.repo_id}")
-
-    fetch_tokenizer(hub, model_path, model, vocab_size)
-    wanted = {"val": expected["files_val"], "train": train_shards}
-    stats = {"name": name, "source": source, "tokenizer": str(model), "vocab_size": vocab_size}
-    stats |= {split: {"tokens": 0, "shards": count} for split, count in wanted.items()}
-    files = [
-        (split, f"fineweb_{split}_{index:06d}.bin")
-        for split in wanted
-        for index in range(wanted[split])
-    ]
-    for split, file in tqdm(files, desc=name, unit=" files"):
-        stats[split]["tokens"] += fetch_shard(hub, f"datasets/{name}/{file}", folder / file)
-    if stats["val"]["tokens"] != expected["tokens_val"]:
-        raise ValueError(
-            f"{folder}: found {stats['val']['tokens']:,} validation tokens; "
-            f"expected {expected['tokens_val']:,}, says the manifest of {hub.repo_id}"
-        )
-    shutil.rmtree(hub.staging)
-    stats["overlap"] = measure_overlap(
-        folder, "delete the folder and set MATCHED_FINEWEB_REPO_ID to a repository without them"
-    )
-    write_json(folder / "stats.json", stats)
-    return stats
+    with Place(root, f"fineweb10B_{variant}").locked() as place:
+        return Download(place, source, int(variant.removeprefix("sp"))).run(train_shards)
 
 
 # -----------------------------------------------------------------------------
 # command line
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")  # without the usage: one line
+
+
+def whole_number(low: int, high: int = 10**12) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"-?\d+", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(
+                f"found {text!r}; expected a whole number from {low} to {high:,}"
+            )
+        return int(text)
+
+    return parse
+
+
+def existing_file(text: str) -> Path:
+    path = Path(text)
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "no file" if not path.exists() else "a pipe"
+        raise argparse.ArgumentTypeError(
+            f"found {kind} at {text}; expected a file, which is read several times"
+        )
+    return path
+
+
+BELONGS = {  # to which source an option belongs, and what it is if not given
+    "train_shards": (("--variant",), 80),
+    "shard_tokens": (("--docs", "--demo"), 100_000_000),
+    "caseops": (("--docs", "--demo"), False),
+    **dict.fromkeys(
+        ("name", "tokenizer", "vocab_size", "val_docs", "num_val_docs")
+        + ("max_train_docs", "max_val_docs"),
+        (("--docs",), None),
+    ),
+}
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="prepare.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -715,41 +1322,66 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     source.add_argument(
         "--docs",
-        type=Path,
+        type=existing_file,
         metavar="FILE",
-        help="own text: .jsonl or .jsonl.zst with the key `text`",
+        help="own text: .jsonl, .jsonl.gz or .jsonl.zst with the key `text`",
     )
     source.add_argument("--demo", action="store_true", help="offline demo corpus")
     parser.add_argument("--output-root", type=Path, default=Path(__file__).resolve().parent)
+    count = whole_number(1)
     parser.add_argument(
-        "--train-shards", type=int, default=80, help="with --variant (default: %(default)s)"
+        "--train-shards",
+        type=count,
+        help="with --variant: at least these; those in the folder are kept (default: 80)",
     )
     parser.add_argument(
-        "--shard-tokens", type=int, default=100_000_000, help="with --docs or --demo"
+        "--shard-tokens",
+        type=whole_number(1, MAX_SHARD_TOKENS),
+        help="with --docs or --demo (default: 100,000,000)",
     )
     parser.add_argument(
-        "--caseops", action="store_true", help="with --docs or --demo: case as operator characters"
+        "--caseops",
+        action="store_true",
+        default=None,
+        help="with --docs or --demo: case as operator characters",
     )
     own = parser.add_argument_group("with --docs")
     own.add_argument("--name", help="folder under datasets/")
-    own.add_argument("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model to use")
-    own.add_argument("--vocab-size", type=int, help="or: train one on the training documents")
-    own.add_argument("--val-docs", type=Path, metavar="FILE", help="validation documents")
-    own.add_argument("--num-val-docs", type=int, help="or: hold out the first N of --docs")
-    own.add_argument("--max-train-docs", type=int)
-    own.add_argument("--max-val-docs", type=int)
+    own.add_argument(
+        "--tokenizer", type=existing_file, metavar="MODEL", help="SentencePiece model to use"
+    )
+    own.add_argument(
+        "--vocab-size",
+        type=whole_number(1, MAX_VOCAB_SIZE),
+        help="or: train one on the training documents",
+    )
+    own.add_argument("--val-docs", type=existing_file, metavar="FILE", help="validation documents")
+    own.add_argument("--num-val-docs", type=count, help="or: hold out the first N of --docs")
+    own.add_argument("--max-train-docs", type=count)
+    own.add_argument("--max-val-docs", type=count)
     args = parser.parse_args(argv)
+    check_arguments(parser, args)
+    return args
+
+
+def check_arguments(parser: Parser, args: argparse.Namespace) -> None:
+    given = "--variant" if args.variant else "--docs" if args.docs else "--demo"
+    for option, (sources, default) in BELONGS.items():
+        if getattr(args, option) is None:
+            setattr(args, option, default)
+        elif given not in sources:
+            name = option.replace("_", "-")
+            parser.error(f"--{name} needs {' or '.join(sources)}; found with {given}")
     if args.variant and not re.fullmatch(r"sp[1-9]\d*", args.variant):
         parser.error(f"--variant {args.variant}: expected sp and a vocabulary size, as in sp1024")
-    if args.variant and args.caseops:
-        parser.error("--caseops needs --docs or --demo: --variant downloads shards as they are")
-    if args.docs and not re.fullmatch(r"\w[\w.-]*", args.name or ""):
-        parser.error("--docs needs a --name of letters, digits, dots and dashes")
-    if args.docs and (args.tokenizer is None) == (args.vocab_size is None):
+    if not args.docs:
+        return
+    if not re.fullmatch(r"\w[\w.-]{,99}", args.name or ""):
+        parser.error("--docs needs a --name of at most 100 letters, digits, dots and dashes")
+    if (args.tokenizer is None) == (args.vocab_size is None):
         parser.error("--docs needs either --tokenizer or --vocab-size")
-    if args.docs and (args.val_docs is None) == (args.num_val_docs is None):
+    if (args.val_docs is None) == (args.num_val_docs is None):
         parser.error("--docs needs either --val-docs or --num-val-docs")
-    return args
 
 
 def build_docs(args: argparse.Namespace) -> dict:
@@ -758,13 +1390,17 @@ def build_docs(args: argparse.Namespace) -> dict:
     val_stop = min(
         (n for n in (args.num_val_docs, args.max_val_docs) if n is not None), default=None
     )
-    train = DocumentRange(args.docs, held_out, train_stop)
-    val = DocumentRange(args.val_docs or args.docs, 0, val_stop)
-    prefix = args.output_root / "tokenizers" / f"{args.name}_{args.vocab_size}_bpe"
-    tokenizer = args.tokenizer or train_tokenizer(train, args.vocab_size, prefix, args.caseops)
-    return build_dataset(
-        args.output_root, args.name, tokenizer, train, val, args.shard_tokens, args.caseops
+    text = OwnText(
+        name=args.name,
+        train=DocumentRange(args.docs, held_out, train_stop),
+        val=DocumentRange(args.val_docs or args.docs, 0, val_stop),
+        shard_tokens=args.shard_tokens,
+        caseops=args.caseops,
+        tokenizer=args.tokenizer,
+        vocab_size=args.vocab_size,
+        model_prefix=f"{args.name}_{args.vocab_size}_bpe",
     )
+    return text.build(args.output_root)
 
 
 def print_stats(stats: dict) -> None:
@@ -773,6 +1409,8 @@ def print_stats(stats: dict) -> None:
         print(f"{split}: " + ", ".join(f"{value:,} {key}" for key, value in stats[split].items()))
     found, total = stats["overlap"].values()
     print(f"overlap: {found:,} of {total:,} validation documents stand in the training shards")
+    if not stats.get("verified", True):
+        print("verified: not all files, the repository does not tell the checksums of some")
     skipped = f"not computed (shards were downloaded, or text over {COMPRESSOR_LIMIT:,} bytes)"
     print(f"val text, bits per byte of compressors: {stats.get('val_compressor_bpb', skipped)}")
 
@@ -788,8 +1426,28 @@ def main(argv: list[str] | None = None) -> None:
     print_stats(stats)
 
 
-if __name__ == "__main__":
+def stop(number: int, frame) -> None:
+    """What is on disk is safe at any moment, see `Place`; the next call clears up."""
+    name = signal.Signals(number).name
+    line = f"prepare.py: {name}: stopped. A dataset that was there stays; call again to go on"
+    sys.stderr.write("\n" * sys.stderr.isatty() + line + "\n")
+    sys.stderr.flush()
+    os._exit(128 + number)
+
+
+def command() -> None:
+    """`main` in a thread, so that signals are answered while the tokenizer is trained; whatever it
+    raises for something in files or settings becomes one line."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show
     try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"prepare.py: {error}")
+        ThreadPoolExecutor(1).submit(main).result()
+    except (OSError, ValueError, MemoryError) as error:
+        sys.exit(f"prepare.py: {' '.join(str(error).split()) or type(error).__name__}")
+
+
+if __name__ == "__main__":
+    command()

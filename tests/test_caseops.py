@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,7 @@ import sentencepiece as spm
 from corpus import DOCUMENTS, prose
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
-import prepare  # noqa: E402
+from test_prepare import everything, prepare
 
 T, A, C, E = "\ue001\ue002\ue003\ue004"
 BYTES = "fineweb_val_bytes_{:06d}.bin"
@@ -131,7 +128,7 @@ def sp(model):
 
 
 def encode(sp, *texts):
-    return list(prepare.encode_documents(sp, texts, caseops=True))
+    return [ids for _, ids in prepare.encode_documents(sp, texts, caseops=True)]
 
 
 def original(sp, ids):
@@ -477,7 +474,7 @@ def test_tokenizer_is_trained_on_the_transformed_training_text(tmp_path):
         "--caseops",
         "--vocab-size",
         320,
-        train=["THE Quick McDonald " * 50 + str(i) for i in range(9)],
+        train=["THE Quick McDonald " * 50 + text.replace("z", "") for text in prose()[:9]],
         val=val,
     )
     sp = prepare.load_tokenizer(tmp_path / "tokenizers/own_320_bpe_caseops.model", caseops=True)
@@ -496,7 +493,8 @@ def test_sidecars_of_an_earlier_run_are_removed(tmp_path, model):
 
 
 def test_completeness_mark_waits_for_the_sidecar(tmp_path, model, monkeypatch):
-    folder, write_shard = build(tmp_path, "--caseops", "--tokenizer", model), prepare.write_shard
+    build(tmp_path, "--caseops", "--tokenizer", model)
+    before, write_shard = everything(tmp_path), prepare.write_shard
 
     def full_disk(path, tokens):
         if "bytes" in path.name:
@@ -506,7 +504,7 @@ def test_completeness_mark_waits_for_the_sidecar(tmp_path, model, monkeypatch):
     monkeypatch.setattr(prepare, "write_shard", full_disk)
     with pytest.raises(OSError, match="disk full"):
         build(tmp_path, "--caseops", "--tokenizer", model)
-    assert not (folder / "stats.json").exists()
+    assert everything(tmp_path) == before
 
 
 def test_wrong_bytes_are_refused_before_the_mark(tmp_path, model, monkeypatch):
@@ -541,7 +539,8 @@ def test_a_given_model_must_have_the_operators(tmp_path, model):
 
 def test_demo_with_caseops_lies_beside_the_demo(tmp_path, monkeypatch):
     texts = {
-        f"{i}.py": f"Paragraph {i}. " + " ".join(map(str, range(i, i + 3000))) for i in range(40)
+        f"{i}.py": f"Paragraph {i}. {text} " + " ".join(map(str, range(i, i + 3000)))
+        for i, text in enumerate(prose()[:100])
     }
     monkeypatch.setattr(prepare, "installed_prose", lambda: texts)
     for options in ([], ["--caseops"]):

@@ -1,6 +1,7 @@
 """data/prepare.py: demo corpus, shards, overlap of the splits, tokenizer, own text. The download is
 in test_prepare_download.py."""
 
+import hashlib
 import io
 import json
 import lzma
@@ -43,6 +44,28 @@ def overlap(found, total):
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.bin")}
+
+
+def everything(root):
+    """All files under the root by name, but for inputs beside the data and locks."""
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for folder in ("datasets", "tokenizers")
+        for path in (root / folder).rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    }
+
+
+def description(folder):
+    """`files` of stats.json, from the description of the format alone."""
+    files = {}
+    for path in folder.glob("fineweb_*.bin"):
+        data = path.read_bytes()
+        files[path.name] = {
+            "tokens": int.from_bytes(data[8:12], "little"),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+    return files
 
 
 # -----------------------------------------------------------------------------
@@ -459,9 +482,10 @@ def test_documents_of_the_same_tokens_are_counted(tmp_path, capsys, options):
     assert "overlap: 1 of 20 validation documents" in capsys.readouterr().out
     write_jsonl(docs, TEXTS[20:] + spaced(TEXTS[:2]))
     message = r"own: 2 of 20 validation documents \(10.0%\) .* take them out of the training text"
+    before = everything(tmp_path)
     with pytest.raises(ValueError, match=message):
         shard_docs(tmp_path, docs, "--vocab-size", 300, "--val-docs", val, *options)
-    assert not (folder / "stats.json").exists()
+    assert everything(tmp_path) == before
 
 
 def test_a_leak_ends_the_command_with_one_line(tmp_path, model):
@@ -479,18 +503,20 @@ def test_a_leak_ends_the_command_with_one_line(tmp_path, model):
     assert "Traceback" not in ended.stderr
 
 
-def test_completeness_mark_is_removed_first_and_written_last(tmp_path, model, monkeypatch):
+@pytest.mark.parametrize("failing", ["write_shard", "find_overlap", "describe_shards"])
+def test_a_failed_call_leaves_the_old_dataset(tmp_path, monkeypatch, failing):
     docs = write_jsonl(tmp_path / "docs.jsonl", TEXTS)
-    folder = shard_docs(tmp_path, docs, "--tokenizer", model, "--num-val-docs", 5)
-    assert (folder / "stats.json").exists()
+    shard_docs(tmp_path, docs, "--vocab-size", 300, "--num-val-docs", 5)
+    before = everything(tmp_path)
 
-    def full_disk(path, tokens):
+    def full_disk(*arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr(prepare, "write_shard", full_disk)
+    monkeypatch.setattr(prepare, failing, full_disk)
+    write_jsonl(docs, TEXTS[:40])  # would give another tokenizer of the same name
     with pytest.raises(OSError, match="disk full"):
-        shard_docs(tmp_path, docs, "--tokenizer", model, "--num-val-docs", 5)
-    assert not (folder / "stats.json").exists()
+        shard_docs(tmp_path, docs, "--vocab-size", 300, "--num-val-docs", 5)
+    assert everything(tmp_path) == before
 
 
 def test_a_split_without_text_is_refused(tmp_path, model):
