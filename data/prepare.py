@@ -103,6 +103,9 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:  # that of a full disk does not name the file
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1435,18 +1438,24 @@ def stop(number: int, frame) -> None:
     os._exit(128 + number)
 
 
+def report(argv: list[str] | None = None) -> None:
+    """`main`; what it raises for something in files or settings becomes one line and exit status 1.
+
+    In a thread: signals are answered while the tokenizer is trained, which is one call in C++.
+    """
+    try:
+        ThreadPoolExecutor(1).submit(main, argv).result()
+    except (OSError, ValueError, MemoryError) as error:
+        sys.exit(f"prepare.py: {' '.join(str(error).split()) or type(error).__name__}")
+
+
 def command() -> None:
-    """`main` in a thread, so that signals are answered while the tokenizer is trained; whatever it
-    raises for something in files or settings becomes one line."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup or in the background
             signal.signal(number, stop)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show
-    try:
-        ThreadPoolExecutor(1).submit(main).result()
-    except (OSError, ValueError, MemoryError) as error:
-        sys.exit(f"prepare.py: {' '.join(str(error).split()) or type(error).__name__}")
+    report()
 
 
 if __name__ == "__main__":
