@@ -142,6 +142,8 @@ def verify_shard(path: Path) -> int:
         raise ValueError(
             f"{path}: found {size} bytes; expected {expected} for the {count} tokens of its header"
         )
+    if count < 1:
+        raise ValueError(f"{path}: found {count} tokens; expected at least 1")
     return count
 
 
@@ -223,7 +225,7 @@ class Place:
 
         Raises: ValueError if nothing can be written there, or another call is at work.
         """
-        check_writable(self.root, self.folder.parent, self.root / "tokenizers")
+        check_writable(self.root, self.folder.parent)
         if os.path.ismount(self.folder):
             raise ValueError(
                 f"{self.folder} is a mount point, which cannot be replaced: mount the folder "
@@ -264,11 +266,13 @@ class Place:
     def move_in(self) -> None:
         """Can be cut short at any line and called again."""
         ready = self.beside("ready")
+        copies = {path: self.model(path.name + ".tmp") for path in ready.glob("*.model")}
+        for model, copy in copies.items():  # to what may be another disk, and full
+            shutil.copyfile(model, copy)
         if self.folder.exists():
             os.rename(self.folder, self.beside("old"))
-        for model in ready.glob("*.model"):
-            with atomic(self.model(model.name)) as temporary:  # may be another file system
-                shutil.copyfile(model, temporary)
+        for model, copy in copies.items():
+            os.replace(copy, self.model(model.name))
             model.unlink()
         os.rename(ready, self.folder)
         self.remove_old()
@@ -1062,12 +1066,12 @@ def compare(path: Path, told: huggingface_hub.HfFileMetadata) -> tuple[str, bool
 def read_manifest(path: Path, repo_id: str) -> dict:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(manifest, dict)
-        return manifest
-    except (ValueError, AssertionError) as error:
-        raise ValueError(
-            f"{repo_id}: manifest.json is no JSON object; found {path.read_bytes()[:60]}"
-        ) from error
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict):
+        found = path.read_bytes()[:60]
+        raise ValueError(f"{repo_id}: manifest.json is no JSON object; found {found}")
+    return manifest
 
 
 def manifest_entry(manifest: dict, name: str, vocab_size: int, repo_id: str) -> tuple[dict, str]:
@@ -1080,6 +1084,8 @@ def manifest_entry(manifest: dict, name: str, vocab_size: int, repo_id: str) -> 
             )
         wanted, stats = datasets[name]["tokenizer_name"], datasets[name]["stats"]
         stats = {key: int(stats[key]) for key in ("files_train", "files_val", "tokens_val")}
+        if min(stats.values()) < 1:
+            raise ValueError(f"the manifest of {repo_id} says {stats} for {name}")
         for tokenizer in manifest.get("tokenizers", []):
             if (tokenizer["name"], tokenizer["vocab_size"]) == (wanted, vocab_size):
                 return stats, tokenizer["model_path"]
@@ -1420,12 +1426,14 @@ def print_stats(stats: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
+    root = args.output_root
+    check_writable(root, root / "datasets", root / "tokenizers")  # before any work
     if args.variant:
-        stats = download(args.variant, args.train_shards, args.output_root)
+        stats = download(args.variant, args.train_shards, root)
     elif args.docs:
         stats = build_docs(args)
     else:
-        stats = build_demo(args.output_root, args.shard_tokens, args.caseops)
+        stats = build_demo(root, args.shard_tokens, args.caseops)
     print_stats(stats)
 
 

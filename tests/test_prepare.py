@@ -190,6 +190,7 @@ def test_shard_header_and_body(tmp_path):
         (lambda data: data[:-2], "found 1042 bytes", "expected 1044"),
         (lambda data: data + b"\0", "found 1045 bytes", "expected 1044"),
         (lambda data: data[:100], "found 100 bytes", "expected 1044"),
+        (lambda data: data[:8] + bytes(4) + data[12:1024], "found 0 tokens", "expected at least 1"),
         (lambda data: b"", "found magic 0, version 0", "expected 20240520, 1"),
         (lambda data: b"<html>" + data[6:], "found magic 1836345404", "expected 20240520, 1"),
         (lambda data: data[:4] + b"\2" + data[5:], "version 2", "expected 20240520, 1"),

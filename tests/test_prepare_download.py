@@ -486,6 +486,7 @@ def test_stale_local_manifest_is_never_used(hub, root, folder):
         ),
         ({"vocab_size": 512}, "has no tokenizer sp_bpe of 1024 pieces"),
         ({"files_train": 1}, "--train-shards 2: .* has 1 for sp1024"),
+        ({"files_val": 0}, "says {.*'files_val': 0"),
         ({"tokens_val": 300}, "found 298 validation tokens; expected 300"),
     ],
 )

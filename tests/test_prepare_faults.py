@@ -74,3 +74,18 @@ def test_a_completed_dataset_is_moved_in_though_the_next_call_fails(tmp_path, ca
     assert (
         "moving the dataset that an earlier call completed to its place" in capsys.readouterr().out
     )
+
+
+def test_a_tokenizer_that_cannot_be_written_leaves_the_old_dataset(tmp_path, monkeypatch):
+    scene = Scene(tmp_path)
+    scene.restore()
+    with monkeypatch.context() as patched:
+
+        def full_disk(source, target):
+            raise OSError(28, "No space left on device", str(target))
+
+        patched.setattr(prepare.shutil, "copyfile", full_disk)
+        with pytest.raises(OSError, match="No space left on device: .*own_400_bpe.model"):
+            scene.make_again()
+    assert scene.left() == "old"
+    assert scene.finished() == "new"

@@ -242,6 +242,13 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_text_is_read(refuse
         matches(line, f"--output-root {root}: cannot write in .*datasets: ")
 
 
+def test_it_is_found_before_the_demo_is_made(refused, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(prepare, "demo_documents", lambda: 1 / 0)
+    _, line = refused(["--demo", "--output-root", str(tmp_path / "file")])
+    matches(line, "--output-root .*file: cannot write in .*datasets: Not a directory")
+
+
 def test_a_mount_point_is_found_before_the_text_is_read(refused, old, tmp_path, monkeypatch):
     path = tmp_path / "docs"
     path.write_bytes(b"not read")
