@@ -225,7 +225,7 @@ class Place:
 
         Raises: ValueError if nothing can be written there, or another call is at work.
         """
-        check_writable(self.root, self.folder.parent)
+        check_writable(self.root, self.folder.parent, self.root / "tokenizers")
         if os.path.ismount(self.folder):
             raise ValueError(
                 f"{self.folder} is a mount point, which cannot be replaced: mount the folder "
@@ -266,7 +266,7 @@ class Place:
     def move_in(self) -> None:
         """Can be cut short at any line and called again."""
         ready = self.beside("ready")
-        copies = {path: self.model(path.name + ".tmp") for path in ready.glob("*.model")}
+        copies = {path: self.model(f".{path.name}.tmp") for path in ready.glob("*.model")}
         for model, copy in copies.items():  # to what may be another disk, and full
             shutil.copyfile(model, copy)
         if self.folder.exists():
