@@ -3,8 +3,11 @@
 torchrun --standalone --nproc_per_node=8 systems/baseline.py
 """
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH=1 leaves it out
 import parts
 
 import train_gpt

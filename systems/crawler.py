@@ -6,8 +6,11 @@ loops is kept in 8 bits, calibrated once more behind the other blocks as they wi
 """
 
 import copy
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH=1 leaves it out
 import parts
 import torch
 from torch import Tensor, nn

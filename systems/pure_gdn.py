@@ -6,9 +6,12 @@ elapsed share of the run, and the recurrent state is carried from chunk to chunk
 """
 
 import re
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH=1 leaves it out
 import parts  # noqa: F401  (makes train_gpt importable)
 from torch import Tensor
 

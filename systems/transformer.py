@@ -8,7 +8,9 @@ head; scored as a stream with adapters, and SGD on all that was scored in betwee
 import math
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH=1 leaves it out
 import parts
 import torch
 import torch.nn.functional as F
