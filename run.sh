@@ -6,19 +6,35 @@
 # Every hyperparameter is an environment variable (MAX_WALLCLOCK_SECONDS=60 ./run.sh); SYSTEM names a file
 # of systems/ to run instead of the record. Without a GPU the preset is `demo`, on text that needs no network.
 # DATA_PATH, if set, is taken as it is; NPROC overrides the number of processes.
+# PYTHON makes the virtual environment VENV (.venv); CHECKPOINT_EVERY and RESUME: see tools/resumable.py.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # as in `sh run.sh`
 set -euo pipefail
-cd "$(dirname "$0")"
+cd "$(dirname "$(readlink -f "$0")")"
+case "$*" in
+    '' | check | test | 'test '*) ;;
+    *)
+        echo "usage: ./run.sh [check | test [slow] [pytest arguments]]; settings are environment variables" >&2
+        exit 2
+        ;;
+esac
 
-# a stamp of the requirements marks a finished installation: nothing is installed twice, nor left half done
+. tools/supervise.sh  # fail, supervise, lock
+
+# what belongs to another installation, to a launcher around this one, or lets pip install elsewhere
+unset PYTHONHOME PYTHONPATH PYTHONSAFEPATH PYTHON_EXEC PIP_TARGET PIP_PREFIX PIP_USER
+unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE TORCHELASTIC_RUN_ID ${!PET_@}
+# compiled kernels are kept in HOME, or here where it cannot be written
+[ -w "${HOME:-}" ] || export TRITON_HOME=${TRITON_HOME:-$PWD}
+
+[ "${1:-}" = test ] || for folder in . logs; do
+    mkdir -p "$folder" 2>/dev/null && [ -w "$folder" ] ||
+        fail "$PWD/$folder: no folder that can be written: run in a copy that belongs to you"
+done
+
 venv=${VENV:-.venv}
-wanted=$(cat requirements.txt tests/requirements.txt)
-if [ "$(cat "$venv/installed.txt" 2>/dev/null)" != "$wanted" ]; then
-    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
-    "${PYTHON:-python3}" -m venv "$venv"
-    "$venv/bin/python" -m pip install --disable-pip-version-check --quiet -r requirements.txt -r tests/requirements.txt
-    printf '%s' "$wanted" >"$venv/installed.txt"
-fi
 python=$venv/bin/python
+. tools/install.sh
+is_installed || supervise install
 
 if [ "${1:-}" = test ]; then
     # slow: the CUDA path with all layouts and all configurations of kernels, and its tables
@@ -27,58 +43,44 @@ if [ "${1:-}" = test ]; then
     "$python" -m ruff format --check --quiet . || { "$python" -m ruff format --diff --quiet .; exit 1; }
     # a worker a core, each with one thread (tests/conftest.py); a file's tests stay with what they share
     exec "$python" -m pytest -n auto --maxprocesses 16 --dist loadfile "${@:2}"
-elif [ $# -gt 0 ] && [ "$*" != check ]; then
-    echo "usage: ./run.sh [check | test [slow] [pytest arguments]]; settings are environment variables" >&2
-    exit 2
 fi
 
-script=train_gpt.py
-[ -z "${SYSTEM:-}" ] || script=systems/$SYSTEM.py
-if [ ! -f "$script" ]; then
-    echo "SYSTEM=$SYSTEM: no file $script, expected one of" systems/*.py >&2
-    exit 2
-fi
-gpus=$("$python" -c 'import sys, torch
-usable = torch.cuda.is_available()
-if torch.cuda.device_count() and not usable and sys.argv[1:] != ["check"]:
-    sys.exit("torch cannot use the GPUs that are here: ./run.sh check says why")
-print(torch.cuda.device_count() if usable else 0)' "$@")
+[ "${1:-}" = check ] || lock logs/run.lock "$python"
+settings=$("$python" tools/settings.py "$@")
+eval "$settings"  # PRESET RUN_ID script gpus nproc dataset tokenizer artifact source
 if [ "$gpus" = 0 ]; then
-    export PRESET=${PRESET:-demo}
     # keep freed memory (5 % faster steps); wait briefly, then sleep, for threads that another process holds up (without
     # it a busy core costs most of the speed). For glibc and GNU OpenMP, ignored elsewhere.
     export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-100000000000}
     export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
 fi
-export RUN_ID=${RUN_ID:-$("$python" -c 'import uuid; print(uuid.uuid4())')}
-{ read -r dataset; read -r tokenizer; read -r artifact; } < <("$python" -c '
-import os, sys
-sys.path.insert(0, "systems")
-hp = __import__(os.environ.get("SYSTEM") or "train_gpt").Hyperparameters.from_env(os.environ)
-print(hp.data_path, hp.tokenizer_path, hp.artifact, sep="\n")')
-if [ -z "${DATA_PATH:-}" ]; then
-    source="--variant ${dataset##*_}"
-    [ "${PRESET:-record}" = demo ] && source=--demo
-    # stats.json is written last: a folder without it is not complete, and prepare.py goes on where it stopped
-    [ -e "$dataset/stats.json" ] || "$python" data/prepare.py $source
-fi
-nproc=1  # 8, 4 or 2 processes share the batch evenly; the demo's is too small to share
-for n in 2 4 8; do [ "$gpus" -ge $n ] && [ "${PRESET:-record}" != demo ] && nproc=$n; done
-nproc=${NPROC:-$nproc}
+# stats.json is written last: a folder without it is not complete, and prepare.py goes on where it stopped
+[ -n "${DATA_PATH:-}" ] || [ -e "$dataset/stats.json" ] || supervise "$python" data/prepare.py "$source"
 [ "$nproc" = 8 ] || export EVAL_SECONDS=${EVAL_SECONDS:-0}  # the limit is for 8xH100
 
-run=("$python" -m torch.distributed.run --standalone "--nproc_per_node=$nproc" "$script")
+launch=("$python")
+[ "$nproc" = 1 ] || launch+=(tools/ranks.py "$nproc")
 if [ "${1:-}" = check ]; then
     rm -f logs/check.env
-    "${run[@]/%"$script"/tools/check.py}"
+    supervise "${launch[@]}" tools/check.py || [ -e logs/check.env ]
     . logs/check.env  # its verdict, and settings with which the run would fit
     exit "$check_failed"
 fi
-[ "${EVAL_ONLY:-0}" = 0 ] || exec "${run[@]}"
+[ "${EVAL_ONLY:-0}" = 0 ] || { supervise "${launch[@]}" "$script"; exit; }
 [ ! -f logs/check.env ] || . logs/check.env
-rm -f submission.json  # an earlier run's must not pass for this one's
-"${run[@]}"
+if [ -e submission.json ]; then
+    mv -f submission.json submission.json.old  # it must not pass for this run's
+    echo "run.sh: an earlier submission.json is now submission.json.old"
+fi
+start=("$script")
+[ "${CHECKPOINT_EVERY:-0}${RESUME:-}" = 0 ] || start=(tools/resumable.py "$script")
+supervise "${launch[@]}" "${start[@]}"
+
 log=logs/$RUN_ID
-"$python" tools/verify.py "$artifact" --data "$dataset" --tokenizer "$tokenizer" \
-    --train-script "$script" --log "$log.txt" | tee "$log.verify.txt"
-"$python" tools/record.py "$log.txt" --verified "$log.verify.txt"
+left="; $artifact and $log.txt are complete, but not verified and recorded"
+verify() {
+    "$python" tools/verify.py "$artifact" --data "$dataset" --tokenizer "$tokenizer" \
+        --train-script "$script" --log "$log.txt" | tee -i "$log.verify.txt"
+}
+supervise verify
+supervise "$python" tools/record.py "$log.txt" --verified "$log.verify.txt"

@@ -379,8 +379,8 @@ def test_the_settings_are_for_the_same_system_and_ranks_unless_set(tmp_path, mon
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
-    -c*device_count*) echo 1 ;;
-    -c*from_env*) printf 'data\\ntokenizer\\nartifact\\n' ;;
+    *tools/settings.py*) echo "script=train_gpt.py RUN_ID=run gpus=1 nproc=1 dataset=data" ;
+        echo "tokenizer=tokenizer artifact=artifact source=--demo" ;;
     *tools/check.py) mkdir -p logs && cp env logs/check.env ;;
     *train_gpt.py*--data*) ;;
     *train_gpt.py) echo "trains with ${GRAD_ACCUM_STEPS:-none}" ;;
@@ -389,11 +389,12 @@ esac
 
 
 def test_run_sh_ends_with_the_verdict_and_takes_the_settings(tmp_path):
-    for name in ("run.sh", "requirements.txt", "tests/requirements.txt"):
+    requirements = "requirements.txt", "tests/requirements.txt"
+    for name in ("run.sh", "tools/supervise.sh", "tools/install.sh", *requirements):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "train_gpt.py").write_text("")
-    wanted = [(ROOT / name).read_text() for name in ("requirements.txt", "tests/requirements.txt")]
+    wanted = [(ROOT / name).read_text() for name in requirements]
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     (tmp_path / "venv" / "installed.txt").write_text("".join(wanted).rstrip("\n"))
     (tmp_path / "venv" / "bin" / "python").write_text(FAKE_PYTHON)

@@ -1,0 +1,113 @@
+"""What run.sh must know before it starts anything, as assignments for its `eval`.
+
+    python tools/settings.py           # of a run
+    python tools/settings.py check     # of ./run.sh check, which says what is wrong with a GPU
+
+Reads SYSTEM, NPROC, RUN_ID, PRESET and all hyperparameters from the environment. One that is wrong
+gives one line, which names it, and exit status 1.
+"""
+
+import importlib
+import os
+import re
+import shlex
+import signal
+import sys
+import uuid
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "systems")]
+
+
+def find_script(env) -> Path:
+    """Of the record, or of SYSTEM. Raises: ValueError."""
+    system = env.get("SYSTEM")
+    if not system:
+        return Path("train_gpt.py")
+    folder = ROOT / "systems"
+    names = sorted(p.stem for p in folder.glob("*.py") if "class Hyperp" in p.read_text("utf-8"))
+    if system not in names:
+        expected = f"expected one of {', '.join(names)}, or nothing for the record"
+        raise ValueError(f"SYSTEM={system!r}: {expected}")
+    return Path("systems") / f"{system}.py"
+
+
+def find_run_id(env) -> str:
+    """The name of the run's log. Raises: ValueError."""
+    run_id = env.get("RUN_ID") or str(uuid.uuid4())
+    if not re.fullmatch(r"\w[\w.=+-]{0,99}", run_id):
+        expected = "expected a file name of at most 100 letters, digits, and . _ - + ="
+        raise ValueError(f"RUN_ID={run_id!r}: {expected}")
+    return run_id
+
+
+def count_gpus(for_check: bool) -> int:
+    """GPUs that torch can use. Raises: ValueError if there are others."""
+    import torch
+
+    usable = torch.cuda.is_available()
+    if torch.cuda.device_count() and not usable and not for_check:
+        raise ValueError("torch cannot use the GPUs that are here: ./run.sh check says why")
+    return torch.cuda.device_count() if usable else 0
+
+
+def count_ranks(env, gpus: int, preset: str) -> int:
+    """NPROC; or 8, 4 or 2 GPUs, which share the batch evenly. Raises: ValueError."""
+    text = env.get("NPROC")
+    if not text:  # the demo's batch is too small to share
+        return max(n for n in (1, 2, 4, 8) if n <= max(gpus, 1) and (n == 1 or preset != "demo"))
+    if not re.fullmatch("[1-9][0-9]{0,3}", text):
+        raise ValueError(f"NPROC={text!r}: expected a number of processes, 1 or more")
+    if gpus and int(text) > gpus:
+        raise ValueError(f"NPROC={text!r}: expected at most {gpus}, a process for each GPU")
+    return int(text)
+
+
+def read_settings(env, for_check: bool = False) -> dict[str, str]:
+    """Of variables of the shell; those in capitals are for the environment. Raises: ValueError."""
+    script, run_id, gpus = find_script(env), find_run_id(env), count_gpus(for_check)
+    preset = env.get("PRESET") or ("record" if gpus else "demo")
+    nproc = count_ranks(env, gpus, preset)
+    module = importlib.import_module(script.stem)
+    hp = module.Hyperparameters.from_env(dict(env) | dict(PRESET=preset, RUN_ID=run_id))
+    if not hp.eval_only:
+        check_batch(hp, nproc)
+    variant = hp.data_path.rpartition("_")[2]
+    return dict(
+        PRESET=preset,
+        RUN_ID=run_id,
+        script=str(script),
+        gpus=str(gpus),
+        nproc=str(nproc),
+        dataset=hp.data_path,
+        tokenizer=hp.tokenizer_path,
+        artifact=hp.artifact,
+        source="--demo" if preset == "demo" else f"--variant={variant}",
+    )
+
+
+def check_batch(hp, nproc: int) -> None:
+    """Raises: ValueError if the ranks cannot share it evenly."""
+    from train_gpt import world
+
+    world.size = nproc
+    try:
+        hp.micro_steps()
+    except ValueError as error:
+        raise ValueError(f"NPROC={nproc}: {error}" if nproc > 1 else str(error)) from None
+
+
+def main(argv: list[str] | None = None) -> int | str:
+    try:
+        settings = read_settings(os.environ, (argv or sys.argv[1:]) == ["check"])
+    except ValueError as error:
+        return f"run.sh: {error}"
+    for name, value in settings.items():
+        print(f"{'export ' * name.isupper()}{name}={shlex.quote(value)}")
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ctrl-C: run.sh says so
+    sys.exit(main())
