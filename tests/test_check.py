@@ -121,7 +121,7 @@ def test_two_ranks_find_each_other(tmp_path):
         OMP_NUM_THREADS="1"
     )
     env |= as_env({f.name: getattr(hp, f.name) for f in fields(hp)}) | dict(CUDA_VISIBLE_DEVICES="")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, ROOT / "tools" / "ranks.py", "2"]
     run = subprocess.run(
         [*command, ROOT / "tools" / "check.py"],
         cwd=tmp_path,
@@ -390,7 +390,13 @@ esac
 
 def test_run_sh_ends_with_the_verdict_and_takes_the_settings(tmp_path):
     requirements = "requirements.txt", "tests/requirements.txt"
-    for name in ("run.sh", "tools/supervise.sh", "tools/install.sh", *requirements):
+    for name in (
+        "run.sh",
+        "tools/supervise.sh",
+        "tools/install.sh",
+        "tools/lock.py",
+        *requirements,
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "train_gpt.py").write_text("")

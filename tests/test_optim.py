@@ -242,8 +242,7 @@ if world.size > 1:
 def run_worker(tmp_path, name, hp, processes):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    launcher = torchrun if processes > 1 else []
+    launcher = [ROOT / "tools" / "ranks.py", str(processes)] if processes > 1 else []
     of_a_rank = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     env = {name: value for name, value in os.environ.items() if name not in of_a_rank}
     env |= dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", GLOO_SOCKET_IFNAME="lo")

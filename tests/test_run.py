@@ -1,5 +1,5 @@
-"""The main job as a user starts it: torchrun, real text, real processes; the log against arithmetic
-of its own."""
+"""The main job as run.sh starts it: real text, real processes; the log against arithmetic of its
+own."""
 
 import json
 import math
@@ -44,10 +44,10 @@ VARIABLES |= {"rank", "local_rank", "world_size"}
 def launch(
     folder: Path, nproc: int = 1, script: str = "train_gpt.py", **env
 ) -> subprocess.CompletedProcess:
-    """The script in that folder, by torchrun, or as one plain process if nproc is 0."""
+    """The script in that folder, as one plain process or on ranks."""
     command = [sys.executable]
-    if nproc:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    if nproc > 1:
+        command += [ROOT / "tools" / "ranks.py", str(nproc)]
     env = {k: v for k, v in os.environ.items() if k.lower() not in VARIABLES} | env
     env |= {"OMP_NUM_THREADS": "1"} if nproc > 1 else {}
     return subprocess.run(
@@ -171,7 +171,7 @@ def test_a_new_process_scores_the_artifact_to_the_last_digit(run):
     folder, log, env = run
     again = dict(EVAL_ONLY="1", ARTIFACT="final_model.int6.ptz", SCORES="again.npz", RUN_ID="again")
     again |= {name: env[name] for name in ("DATA_PATH", "TOKENIZER_PATH")}
-    result = launch(folder, nproc=0, **again)
+    result = launch(folder, **again)
     assert result.returncode == 0, result.stderr
     assert final_line(result.stdout) == final_line(log)
     first, second = (np.load(folder / name)["nats"] for name in ("scores.npz", "again.npz"))
@@ -265,7 +265,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(demo, tmp_path):
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )
 def test_bad_input_gives_one_error_that_names_it(demo, tmp_path, change, message):
-    result = launch(tmp_path, nproc=0, **(SMALL | demo | change))
+    result = launch(tmp_path, **(SMALL | demo | change))
     assert result.returncode != 0
     assert message in result.stderr.strip().splitlines()[-1]
     assert not list(tmp_path.glob("*.ptz"))

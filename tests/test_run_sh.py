@@ -101,7 +101,10 @@ STUBS = {
     "tests/requirements.txt": "pytest==1\n",
     "submission.json": "old",
 }
-COPIED = "run.sh", "tools/supervise.sh", "tools/install.sh", "tools/ranks.py"
+COPIED = (
+    "run.sh",
+    *(f"tools/{name}" for name in ("supervise.sh", "install.sh", "lock.py", "ranks.py")),
+)
 
 
 def write(path: Path, text: str, mode: int = 0o644) -> None:
@@ -349,6 +352,40 @@ def test_a_signal_ends_the_verifier_and_says_what_is_there(folder, name):
     assert stderr.splitlines()[-1] == f"run.sh: stopped by SIG{name}; {complete}"
 
 
+VERIFIES = """
+import sys, types
+from pathlib import Path
+
+sys.path.insert(0, "ROOT/tools")
+import verify
+
+verify.end_on_signals()
+text = types.SimpleNamespace(shards=[], sidecar=[])
+job = types.SimpleNamespace(code={"program.py": Path("program.py")}, text=text, gpu=False, nproc=1)
+job.artifact = job.tokenizer = Path("program.py")
+verify.execute(job)
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize("name", ["HUP", "INT", "TERM"])
+def test_a_signal_ends_what_the_verifier_runs_and_its_folder(tmp_path, name):
+    """To the verifier alone."""
+    write(tmp_path / "verifies.py", VERIFIES.replace("ROOT", str(ROOT)))
+    started_file = tmp_path / "scoring"
+    hold = f"import pathlib, time; pathlib.Path({str(started_file)!r}).touch(); time.sleep(60)"
+    write(tmp_path / "program.py", hold)
+    (tmp_path / "tmp").mkdir()
+    env = os.environ | dict(TMPDIR=str(tmp_path / "tmp"))
+    process = subprocess.Popen([sys.executable, "verifies.py"], cwd=tmp_path, env=env)
+    wait_for(started_file.exists)
+    (folder,) = (tmp_path / "tmp").iterdir()
+    number = signal.Signals[f"SIG{name}"]
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 128 + number
+    assert not list((tmp_path / "tmp").iterdir()) and not processes(folder)
+
+
 @pytest.fixture
 def folder_with_torch(folder):
     write(folder / ".venv/bin/python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', 0o755)
@@ -374,6 +411,21 @@ def test_a_rank_that_fails_ends_the_run_with_its_status(folder_with_torch):
     result = run_sh(folder_with_torch, FAILING_RANK="1", STATUS="7", NPROC="2")
     assert result.returncode == 7 and not result.stderr
     assert not processes(folder_with_torch)
+
+
+@needs_proc
+@pytest.mark.parametrize("how, name", [("script", "TERM"), ("group", "INT"), ("script", "HUP")])
+def test_a_signal_before_anything_has_begun(folder, how, name):
+    hold = "import time; from pathlib import Path; Path('reading').touch(); time.sleep(0.3)"
+    write(folder / "tools/settings.py", f"import signal; signal.signal(2, signal.SIG_DFL); {hold}")
+    with started(folder, until="reading") as process:
+        send(how, process, folder, signal.Signals[f"SIG{name}"])
+        _, stderr = process.communicate(timeout=60)
+        assert not processes(folder)
+    assert process.returncode == 128 + signal.Signals[f"SIG{name}"]
+    assert len(stderr.splitlines()) <= 1
+    files = content(folder)
+    assert "trained" not in files and files["submission.json"] == "old"
 
 
 # -----------------------------------------------------------------------------
@@ -571,6 +623,12 @@ def test_no_python_or_an_old_one_is_refused(folder):
     message = "run.sh: ./old: version 3.9.2, expected Python 3.11 or newer: name another Python"
     assert refused(run_sh(folder, PYTHON="./old"), message)
     assert not (folder / ".venv").exists()
+
+
+def test_a_venv_whose_folder_cannot_be_made_is_refused(folder):
+    write(folder / "file", "")
+    result = run_sh(folder, VENV="file/venv")
+    assert result.returncode == 1 and "file" in line_of(result)
 
 
 def test_a_folder_that_is_no_venv_is_not_cleared(folder):

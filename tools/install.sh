@@ -10,6 +10,7 @@ install() {
     command -v "$base" >/dev/null || fail "no program $base, expected Python 3.11 or newer: $other"
     found=$("$base" -c 'import sys; print(sys.version.split()[0]); sys.exit(sys.version_info < (3, 11))') ||
         fail "$base: version ${found:-unknown}, expected Python 3.11 or newer: $other"
+    mkdir -p "$(dirname "$venv")"
     lock "$venv.lock" "$base"
     rm -f "$venv/installed.txt"
     "$python" -m pip --version >/dev/null 2>&1 || make_venv

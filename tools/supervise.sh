@@ -39,14 +39,8 @@ supervise() {
     return "$status"
 }
 
-# lock FILE PYTHON: until this script and all that it starts are gone. macOS has no flock(1).
+# lock FILE PYTHON: until this script and all that it starts are gone.
 lock() {
-    exec 9>>"$1"
-    "$2" -c '
-import fcntl, sys
-try:
-    fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
-except OSError as error:
-    sys.exit(f"run.sh: {sys.argv[1]}: {error.strerror}: another ./run.sh, or what it has started, is at work "
-             "in this folder: wait until it has ended, or run in a copy of the folder")' "$1"
+    { exec 9>>"$1"; } 2>/dev/null || fail "$1: cannot be written: run in a copy that belongs to you"
+    "$2" tools/lock.py "$1"
 }

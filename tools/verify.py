@@ -208,8 +208,9 @@ def end(process: subprocess.Popen) -> None:
 def launch(job, folder: Path, env: dict, nproc: int) -> SimpleNamespace:
     """Runs the program in the folder, with this environment, on so many ranks. Returns: returncode,
     stdout, stderr. The tests put a function in its place that starts no interpreter."""
-    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    command = [sys.executable, *(ranks if nproc > 1 else []), next(iter(job.code))]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    ranks = [*torchrun, f"--nproc_per_node={nproc}"] if nproc > 1 else []
+    command = [sys.executable, *ranks, next(iter(job.code))]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
     process = subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **pipes)
     try:
@@ -802,7 +803,7 @@ def verify(job) -> dict[str, bool]:
 def prepare(job) -> None:
     """Reads all input. Raises: OSError, ValueError naming the file that cannot be used."""
     job.code = code_of(job.script.resolve())
-    job.sample_path = job.sample_path or job.artifact.with_suffix(".sample.npz")
+    job.sample_path = job.sample_path or Path(f"{job.artifact}.sample.npz")
     job.state_path = Path(f"{job.artifact}.trained.pt")
     job.training = sorted(job.data.glob("fineweb_train_[0-9]*.bin"))
     job.sha256 = sha256(read_file(job.artifact, "an artifact"))
