@@ -1,7 +1,6 @@
 """Train, quantize, pack and score a Gated DeltaNet / sliding-window hybrid in 16 MB and 10 minutes.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py     # 8xH100, the real run
-    torchrun --standalone --nproc_per_node=1 train_gpt.py     # one GPU: 8 micro-batches a step
     PRESET=demo python train_gpt.py                           # a CPU, after data/prepare.py --demo
     EVAL_ONLY=1 ARTIFACT=final_model.int6.ptz python train_gpt.py  # only score a packed artifact
 
@@ -13,6 +12,7 @@ proves the score is in tools/, other systems are in systems/. Sections, in run o
 
 import collections
 import copy
+import fcntl
 import functools
 import hashlib
 import heapq
@@ -26,7 +26,6 @@ import shutil
 import subprocess
 import sys
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -46,8 +45,25 @@ from torch.utils.checkpoint import checkpoint
 # what EVAL_ONLY may set: how an artifact is scored
 SCORING = re.compile(r"run_id|seed|artifact|scores|(data|tokenizer)_path|(eval|ttt|val_batch).*")
 
-def bounded(default, low: float, high: float = math.inf):
-    """A field with other bounds than 0 and infinity."""
+class Refused(SystemExit, ValueError):
+    """Settings, files or a result that will not do: ends the program with a line for each."""
+
+def each(call, items, ranks: int = 1) -> list:
+    """What it returns for every item. Raises: Refused with all complaints, of all `ranks`."""
+    results, complaints = [], []
+    for item in items:
+        try:
+            results.append(call(item))
+        except (Refused, OSError) as error:
+            complaints += str(error).splitlines()
+    told = [complaints] * ranks
+    if ranks > 1:
+        dist.all_gather_object(told, complaints)
+    if any(told):
+        raise Refused("\n".join(dict.fromkeys(sum(told, []))) if ranks < 2 or not world.rank else 1)
+    return results
+
+def bounded(default, low: float, high: float = math.inf):  # other bounds than 0 and infinity
     return field(default=default, metadata=dict(bounds=(low, high)))
 
 @dataclass
@@ -58,8 +74,8 @@ class Hyperparameters:
     ttt_kinds: ClassVar[tuple[str, ...]] = ("", "lora")
 
     preset: str = "record"  # the defaults, or presets/SYSTEM.PRESET.json
-    run_id: str = field(default_factory=lambda: str(uuid.uuid4()))  # the log is logs/<run_id>.txt
-    seed: int = 1337
+    run_id: str = field(default_factory=lambda: os.urandom(8).hex())  # the log is logs/<run_id>.txt
+    seed: int = bounded(1337, 0, 10**18)
     artifact: str = "final_model.int6.ptz"  # written by training, read by EVAL_ONLY
     eval_only: bool = False
     scores: str = ""  # .npz path: nats, bytes, position of every target
@@ -72,15 +88,15 @@ class Hyperparameters:
     grad_accum_steps: int = 0  # micro-batches per step and rank; 0 = 8 // WORLD_SIZE
     # model
     layout: str = "G5 S G5 S=5"  # see parse_layout; #1545
-    model_dim: int = bounded(512, 1)
+    model_dim: int = bounded(512, 2)
     mlp_mult: float = bounded(2.5, 1)
     gdn_heads: int = bounded(8, 1)
-    gdn_head_dim: int = bounded(64, 1)
+    gdn_head_dim: int = bounded(64, 2)
     num_heads: int = bounded(8, 1)
     num_kv_heads: int = bounded(4, 1)
-    head_dim: int = bounded(64, 1)
+    head_dim: int = bounded(64, 2)
     window_size: int = bounded(512, 1)  # token t sees t - window_size + 1 .. t
-    rope_dims: int = 16  # rotated dims of each head; the rest carry no position
+    rope_dims: int = 16  # rotated dims of each head
     rope_base: float = bounded(10_000.0, 1)
     qk_gain_init: float = 5.0
     xsa: bool = True  # exclusive self-attention, see Attention
@@ -108,7 +124,7 @@ class Hyperparameters:
     gptq_reserve_seconds: float = 8.0  # of these, kept for the Hessians
     warmdown_frac: float = bounded(0.75, 0, 1)  # of the run
     min_lr: float = bounded(0.1, 0, 1)  # floor of the learning-rate multiplier
-    warmup_steps: int = 20  # untimed, on random tokens, undone afterwards
+    warmup_steps: int = 20  # untimed, on random tokens, then undone
     train_log_every: int = bounded(200, 1)
     val_loss_every: int = 0  # steps; 0 = only at the end
     # quantization and packing
@@ -119,10 +135,10 @@ class Hyperparameters:
     embed_clip_sigmas: float = bounded(15.0, 1)
     gptq_calibration_batches: int = bounded(2, 1)  # of TRAIN_BATCH_TOKENS
     # evaluation
-    eval_mode: str = "stream"  # each document once, its cache carried; or "sliding" windows
-    eval_chunk: int = bounded(64, 1)  # tokens of each document that a stream reads at once
+    eval_mode: str = "stream"  # documents with their cache carried; or "sliding" windows
+    eval_chunk: int = bounded(64, 1)  # tokens of a document that are read at once
     eval_rows: int = bounded(64, 1)  # documents that a rank streams at once
-    eval_seq_len: int = bounded(2048, 2)  # of windows; and what full attention keeps in a stream
+    eval_seq_len: int = bounded(2048, 2)  # of windows; of what full attention keeps in a stream
     eval_stride: int = bounded(64, 1)
     val_batch_size: int = bounded(65_536, 1)  # tokens of windows in a forward of one rank
     eval_seconds: float = 600.0  # budget of the final pass; 0 = off
@@ -135,62 +151,64 @@ class Hyperparameters:
 
     @classmethod
     def from_env(cls, env, artifact=None) -> "Hyperparameters":
-        """PRESET, or the hyperparameters of an artifact, then overrides; of an artifact only those
-        of SCORING. Raises: ValueError naming the variable, what was found and what was expected."""
+        """PRESET, or those of an artifact, then overrides; of an artifact only those of SCORING.
+        Raises: Refused, for each the variable, what was found and what was expected."""
         hp, preset = copy.copy(artifact) or cls(), env.get("PRESET", "record")
         if preset != "record" and not artifact:
             file = Path(__file__).resolve().parent / "presets" / f"{cls.system}.{preset}.json"
             if not file.is_file():
-                raise ValueError(f"PRESET={preset!r}: no file {file}")
+                raise Refused(f"PRESET={preset!r}: no file {file}")
             hp = cls(preset=preset, **json.loads(file.read_text()))
-        for f in fields(cls):
-            name, text, before = f.name.upper(), env.get(f.name.upper()), getattr(hp, f.name)
-            if text is None or f.name == "preset":
-                continue
+
+        def override(f) -> None:
+            name, text, before = f.name.upper(), env[f.name.upper()], getattr(hp, f.name)
             try:
                 value = {"0": False, "1": True}[text] if f.type is bool else f.type(text)
             except (KeyError, ValueError):
                 kind = "0 or 1" if f.type is bool else f.type.__name__
-                raise ValueError(f"{name}={text!r}: expected {kind}") from None
+                raise Refused(f"{name}={text!r}: expected {kind}") from None
             if artifact and value != before and not SCORING.fullmatch(f.name):
-                raise ValueError(f"{name}={text!r}: expected {before!r}, as the artifact has it")
+                raise Refused(f"{name}={text!r}: expected {before!r}, as the artifact has it")
             setattr(hp, f.name, value)
+
+        each(override, [f for f in fields(cls) if f.name != "preset" and f.name.upper() in env])
         hp.validate()
         return hp
 
     def validate(self) -> None:
-        """Raises: ValueError naming the first impossible field."""
-        for f in fields(self):
-            value, low, high = getattr(self, f.name), *f.metadata.get("bounds", (0, math.inf))
-            is_type = isinstance(value, (int, float) if f.type is float else f.type)
-            self.require(f.name, is_type, f.type.__name__)
-            in_bounds = f.type not in (int, float) or low <= value <= high
-            self.require(f.name, in_bounds, f"{low:g} to {high:g}".replace("to inf", "or more"))
+        """Raises: Refused naming the impossible fields."""
+        each(self.check_bounds, fields(self))
         parse_layout(self.layout, self.kinds)
         limit = self.max_wallclock_seconds or math.inf
-        for name, ok, expected in (
+        each(lambda rule: self.require(*rule), (
             ("num_kv_heads", self.num_heads % self.num_kv_heads == 0, "to divide NUM_HEADS"),
             ("rope_dims", self.rope_dims in range(0, self.head_dim + 1, 2), "even, up to HEAD_DIM"),
             ("smear_dims", self.smear_dims <= self.model_dim, "at most MODEL_DIM"),
             ("gptq_reserve_seconds", self.gptq_reserve_seconds < limit, f"less than {limit:g}"),
+            ("artifact", os.path.basename(self.artifact) != "", "the name of a file"),
+            ("scores", re.search(r"^$|(?<!\.sample)\.npz$", self.scores), "a name in .npz"),
             ("eval_mode", self.eval_mode in ("sliding", "stream"), "sliding or stream"),
             ("eval_stride", self.eval_stride <= self.eval_seq_len, "at most EVAL_SEQ_LEN"),
             ("ttt", self.ttt in self.ttt_kinds, f"one of {self.ttt_kinds}"),
-            ("ttt", self.ttt != "lora" or self.eval_mode == "stream", "no lora if sliding"),
-        ):
-            self.require(name, ok, expected)
+            ("ttt", self.ttt != "lora" or self.eval_mode != "sliding", "no lora if sliding"),
+        ))
+
+    def check_bounds(self, f) -> None:
+        value, (low, high) = getattr(self, f.name), f.metadata.get("bounds", (0, math.inf))
+        is_type = isinstance(value, (int, float) if f.type is float else f.type)
+        self.require(f.name, is_type, f.type.__name__)
+        fits = f.type not in (int, float) or low <= value <= high and value < math.inf
+        self.require(f.name, fits, f"{low:g} to {high:g}".replace("to inf", "or more"))
 
     def require(self, name: str, ok: bool, expected: str) -> None:
         if not ok:
-            raise ValueError(f"{name.upper()}={getattr(self, name)!r}: expected {expected}")
+            raise Refused(f"{name.upper()}={getattr(self, name)!r}: expected {expected}")
 
-    def micro_steps(self) -> int:
-        """Micro-batches of a step and rank. Raises: ValueError if a batch does not split evenly."""
+    def micro_steps(self) -> int:  # of a rank. Raises: Refused if a batch does not split evenly
         steps, T = self.grad_accum_steps or max(1, 8 // world.size), self.train_seq_len
         self.require("train_batch_tokens", self.train_batch_tokens % (steps * world.size * T) == 0,
                      f"a multiple of {steps} micro-batches x {world.size} ranks x {T} tokens")
         return steps
-
     def micro_rows(self) -> int:
         return self.train_batch_tokens // (self.micro_steps() * world.size * self.train_seq_len)
 
@@ -203,56 +221,46 @@ class Hyperparameters:
         return [0.0]
     def micro_steps_at(self, progress: float) -> int:
         return self.micro_steps()
-    def lr_multiplier(self, progress: float) -> float:
-        """1, then linear to 0 over the last WARMDOWN_FRAC, but not below MIN_LR."""
+    def lr_multiplier(self, progress: float) -> float:  # 1, then linear to 0, but not below MIN_LR
         return min(1.0, max((1.0 - progress) / max(self.warmdown_frac, 1e-9), self.min_lr))
-
     def momentum_at(self, progress: float) -> float:
         frac, start = self.muon_momentum_warmup_frac, self.muon_momentum_warmup_start
         ramp = min(1.0, progress / frac) if frac else 1.0
         return start + ramp * (self.muon_momentum - start)
-
-    def ema_decay_at(self, progress: float, step: int) -> float:
-        """The weights of the first steps are forgotten sooner."""
+    def ema_decay_at(self, progress: float, step: int) -> float:  # first steps are forgotten sooner
         return min(self.ema_decay, (1 + step) / (10 + step))
 
-class BlockSpec(NamedTuple):
-    kind: str  # G = Gated DeltaNet, S = sliding-window attention, A = full causal attention
-    owner: int  # the block whose mixer weights it uses: itself, or an earlier one
-
-def parse_layout(layout: str, kinds: str = "GSA") -> tuple[list[BlockSpec], list[int]]:
-    """'G5 S G5 S=5' -> the blocks, and their numbers in the order of the passes. A number repeats;
-    `=i` uses the mixer of block i, counted from 0, of the same kind and with its own mixer; one
-    group may loop: 'A3 (A3)x3 A5'. Raises: ValueError naming LAYOUT and the offending part."""
+def parse_layout(layout: str, kinds: str = "GSA"):
+    """'G5 S G5 S=5' -> (kind, owner of the mixer) of each block, and the blocks in order of passes.
+    G = Gated DeltaNet, S = sliding-window attention, A = full causal attention; a number repeats;
+    `=i` uses the mixer of block i, from 0; a group may loop: 'A3 (A3)x3 A5'. Raises: Refused."""
     groups = r"\(([^()]*\w[^()]*)\)x([2-9])|([^()]+)"
     if re.sub(groups, "", layout) or layout.count("(") > 1 or not layout.strip():
-        raise ValueError(f"LAYOUT={layout!r}: expected blocks, and at most one group (blocks)x2")
+        raise Refused(f"LAYOUT={layout!r}: expected blocks, and at most one group (blocks)x2")
     blocks, order = [], []
     for looped, passes, once in re.findall(groups, layout):
         first = len(blocks)
         for part in (looped or once).split():
             match = re.fullmatch(rf"([{kinds}])([1-9][0-9]?)?(?:=([0-9]{{1,4}}))?", part)
             if not match:
-                raise ValueError(f"LAYOUT={layout!r}: {part!r} is not KIND[COUNT][=BLOCK]")
+                raise Refused(f"LAYOUT={layout!r}: {part!r} is not KIND[COUNT][=BLOCK]")
             kind, count, owner = match.groups()
             for _ in range(int(count or 1)):
-                spec = BlockSpec(kind, int(owner or len(blocks)))
-                if owner and spec not in blocks[spec.owner : spec.owner + 1]:
-                    raise ValueError(f"LAYOUT={layout!r}: {part!r} reuses no earlier {kind}")
-                blocks.append(spec)
+                block = kind, int(owner or len(blocks))
+                if owner and block not in blocks[block[1] : block[1] + 1]:
+                    raise Refused(f"LAYOUT={layout!r}: {part!r} reuses no earlier {kind}")
+                blocks.append(block)
         order += [*range(first, len(blocks))] * int(passes or 1)
     return blocks, order
 
 # --- 2. Ranks and log -----------------------------------------------------------------------------
 class World:
-    """The ranks of this run, which of them this process is, and where it computes."""
+    """The ranks of this run, this process among them, and where it computes."""
     def __init__(self, env):
         self.rank, self.size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-        self.device, self.dtype = torch.device("cpu"), torch.float32  # dtype of activations
-        if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(env.get("LOCAL_RANK", 0)))
-            self.dtype = torch.bfloat16
-
+        cuda, local = torch.cuda.is_available(), int(env.get("LOCAL_RANK", 0))
+        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        self.dtype = torch.bfloat16 if cuda else torch.float32  # of activations
     on_cuda = property(lambda self: self.device.type == "cuda")
 
     def all_reduce(self, x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:  # in place
@@ -263,29 +271,56 @@ class World:
 world = World(os.environ)
 log = logging.getLogger("train_gpt")
 
+def write_whole(path, write) -> None:
+    """On rank 0 write(file), under another name: what has its name is complete."""
+    if world.rank == 0:
+        with open(f"{path}.tmp", "wb") as file:
+            write(file)
+        os.replace(f"{path}.tmp", path)
+
+def claim_outputs(hp, model) -> list:
+    """Tries where the run will write. While what it returns is open, no other run writes there."""
+    sizes = [p.numel() for p in model.parameters() if not hp.eval_only]
+    needed, held = SIZE_LIMIT + 32 * sum(sizes), []
+    for path in {Path(hp.artifact), Path(hp.scores or hp.artifact)}:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        magic = b"PK" if path.suffix == ".npz" else ARTIFACT_MAGIC[:2]
+        if path.exists() and not (path.is_file() and path.open("rb").read(2) == magic):
+            raise Refused(f"{path}: exists and is no artifact or score file: give another name")
+        if (free := shutil.disk_usage(path.parent).free) < needed:
+            raise Refused(f"{path}: {free} bytes are free there, {needed} are needed")
+        held.append(open(path.with_name(f".{path.name}.lock"), "w"))
+        try:
+            fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refused(f"{path}: another run writes it: wait, or give another name") from None
+    return held
+
 def code_files() -> list[Path]:
     """What is counted besides the artifact: this file, and what is loaded from systems/."""
     here = Path(__file__).resolve()
     loaded = {Path(getattr(m, "__file__", None) or here).resolve() for m in sys.modules.values()}
     return [here, *sorted(path for path in loaded if path.parent == here.parent / "systems")]
 
-def init_log(hp: Hyperparameters, code: list[Path]) -> None:
-    """Rank 0 logs to stdout and to logs/<run_id>.txt, which starts with the code and versions."""
+def init_log(hp, code) -> None:
+    """Rank 0 logs to stdout and, behind code and versions, to logs/<run_id>.txt: appended."""
     log.setLevel(logging.INFO if world.rank == 0 else logging.ERROR)
     log.propagate = False
     log.handlers = [logging.StreamHandler(sys.stdout)]
     if world.rank != 0:
         return
     path = Path("logs") / f"{hp.run_id}.txt"
-    for file in path, hp.artifact, hp.scores:  # now, not after training
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     versions = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}\n"
     if world.on_cuda and shutil.which("nvidia-smi"):
         versions += subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
-    parts = [*(file.read_text() for file in code), versions, ""]
-    path.write_text(f"\n{'=' * 100}\n".join(parts))
+    earlier = [""] if path.is_file() else []
+    parts = [*earlier, *(file.read_text() for file in code), versions, ""]
+    path.open("a").write(f"\n{'=' * 100}\n".join(parts))
     log.addHandler(logging.FileHandler(path))
     log.info(f"{path} world_size:{world.size} device:{world.device.type} dtype:{world.dtype}")
+    for name, value in dict(system=hp.system, **asdict(hp)).items():
+        log.info(f"  {name}: {value}")
 
 # --- 3. Byte accounting ---------------------------------------------------------------------------
 BOS_ID = 1  # starts every document
@@ -295,12 +330,12 @@ def build_sentencepiece_luts(sp: spm.SentencePieceProcessor, vocab_size: int, de
     space, int32; whether a piece has one; whether it is a boundary.
     Control, unknown and unused pieces are 0 bytes and a boundary, byte-fallback pieces 1 byte, any
     other its UTF-8 length without its leading U+2581: `token_bytes` adds the space, nothing else.
-    Raises: ValueError if the tokenizer has another size or BOS, or no piece for U+2581 alone."""
+    Raises: Refused for another size or BOS, and without a piece for U+2581 alone."""
     if sp.vocab_size() != vocab_size or sp.bos_id() != BOS_ID:
-        raise ValueError(f"TOKENIZER_PATH: {sp.vocab_size()} pieces, BOS {sp.bos_id()}; expected "
-                         f"VOCAB_SIZE={vocab_size}, BOS {BOS_ID}")
+        found = f"{sp.vocab_size()} pieces, BOS {sp.bos_id()}"
+        raise Refused(f"TOKENIZER_PATH: {found}; expected VOCAB_SIZE={vocab_size}, BOS {BOS_ID}")
     if sp.piece_to_id("\u2581") == sp.unk_id():
-        raise ValueError("TOKENIZER_PATH: no piece for U+2581 alone: a space would be three bytes")
+        raise Refused("TOKENIZER_PATH: no piece for U+2581 alone: a space would be 3 bytes")
     rows = []
     for i in range(vocab_size):
         piece = sp.id_to_piece(i)
@@ -312,26 +347,23 @@ def build_sentencepiece_luts(sp: spm.SentencePieceProcessor, vocab_size: int, de
     return base, space.bool(), boundary.bool()
 
 def token_bytes(luts, prev_ids: Tensor, target_ids: Tensor) -> Tensor:
-    """UTF-8 bytes of each target, int32: a leading space counts unless a boundary is before it."""
+    """UTF-8 bytes of each target, int32: a leading space counts unless behind a boundary."""
     assert prev_ids.shape == target_ids.shape
     base_bytes, has_leading_space, is_boundary = luts
     return base_bytes[target_ids] + (has_leading_space[target_ids] & ~is_boundary[prev_ids])
 
 # --- 4. Shards ------------------------------------------------------------------------------------
 HEADER_BYTES = 256 * 4
-MAGIC_AND_VERSION = 20240520, 1  # of the competition's shards
+MAGIC_AND_VERSION = [20240520, 1]  # of the competition's shards
 
 def load_data_shard(path) -> Tensor:
-    """Memory-mapped, uint16 [count]. Raises: FileNotFoundError, ValueError naming the file."""
-    size = os.path.getsize(path)
-    if size < HEADER_BYTES:
-        raise ValueError(f"{path}: {size} bytes, expected a header of {HEADER_BYTES}")
-    magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
-    if (magic, version) != MAGIC_AND_VERSION:
-        raise ValueError(f"{path}: starts with {magic, version}, expected {MAGIC_AND_VERSION}")
-    expected = HEADER_BYTES + 2 * max(count, 1)
-    if count < 1 or size != expected:
-        raise ValueError(f"{path}: {size} bytes, expected {expected} for its {count} tokens")
+    """Memory-mapped, uint16 [count]. Raises: OSError, or Refused naming the file."""
+    *start, count = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0][:3]
+    size, expected = os.path.getsize(path), HEADER_BYTES + 2 * max(count, 1)
+    if start != MAGIC_AND_VERSION:
+        raise Refused(f"{path}: {size} bytes, starts with {start}, expected {MAGIC_AND_VERSION}")
+    if size != expected or count < 1:
+        raise Refused(f"{path}: {size} bytes, expected {expected} for its {count} tokens")
     tokens = np.memmap(path, dtype="<u2", mode="c", offset=HEADER_BYTES, shape=(count,))
     return torch.from_numpy(tokens)
 
@@ -339,74 +371,95 @@ class TokenStream:
     """All shards of a split as one ring of tokens, in the order of their names."""
     def __init__(self, data_path: str, split: str, vocab_size: int):
         self.paths = sorted(Path(data_path).glob(f"fineweb_{split}_[0-9]*.bin"))
-        if not self.paths:
-            raise FileNotFoundError(f"DATA_PATH={data_path}: no file fineweb_{split}_*.bin in it")
-        for i, path in enumerate(self.paths):
-            expected = f"fineweb_{split}_{i:06d}.bin"
-            if path.name != expected:
-                raise FileNotFoundError(f"{path}: found where {expected} was expected")
+        names = [f"fineweb_{split}_{i:06d}.bin" for i in range(max(1, len(self.paths)))]
+        if [path.name for path in self.paths] != names:
+            missing = min(set(names) - {path.name for path in self.paths})
+            raise Refused(f"DATA_PATH={data_path}: no file {missing}: run data/prepare.py")
         self.shards, self.vocab_size = [load_data_shard(path) for path in self.paths], vocab_size
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards]).tolist()
-        first = self.shards[0][0].item()
-        if first != BOS_ID:
-            raise ValueError(f"{self.paths[0]}: starts with token {first}, expected BOS={BOS_ID}")
+        if (first := self.shards[0][0].item()) != BOS_ID:
+            raise Refused(f"{self.paths[0]}: starts with token {first}, expected BOS={BOS_ID}")
 
     def __len__(self) -> int:
         return self.starts[-1]
-
     def read(self, start: int, count: int, dtype=np.int64) -> Tensor:
-        """Tokens from `start` on, [count]. Raises: ValueError for an id that is too large."""
+        """Tokens from `start` on, [count]. Raises: Refused for an id that is too large."""
         pieces = []
         while count > 0:
             start %= len(self)
             i = int(np.searchsorted(self.starts, start, side="right")) - 1
             piece = self.shards[i].numpy()[start - self.starts[i] :][:count]
-            if piece.max() >= self.vocab_size:
-                raise ValueError(f"{self.paths[i]}: token {piece.max()}, not below VOCAB_SIZE")
+            if (largest := piece.max()) >= self.vocab_size:
+                raise Refused(f"{self.paths[i]}: token {largest}, not below VOCAB_SIZE")
             pieces.append(piece)
             start, count = start + len(piece), count - len(piece)
         return torch.from_numpy(np.concatenate(pieces).astype(dtype))
 
     def most_documents(self, span: int) -> int:
-        """That begin within `span` tokens, anywhere. Reads the whole split, shared by the ranks."""
-        piece, most = min(1 << 22, len(self)), 0
-        for start in range(world.rank * piece, len(self), world.size * piece):
-            begins = np.flatnonzero(self.read(start, piece + span, np.uint16).numpy() == BOS_ID)
-            within = np.searchsorted(begins, begins + span) - np.arange(len(begins))
-            most = max([most, *within.tolist()])
-        return int(world.all_reduce(torch.tensor(most), dist.ReduceOp.MAX))
+        """In the fullest `span` tokens. Reads the whole split, shared by the ranks."""
+        piece = min(1 << 22, len(self))
+        starts = range(world.rank * piece, len(self), world.size * piece)
+        most = each(lambda start: count_documents(self.read(start, piece + span, np.uint16), span),
+                    starts, world.size)
+        return int(world.all_reduce(torch.tensor(max(most, default=0)), dist.ReduceOp.MAX))
+
+def count_documents(tokens: Tensor, span: int) -> int:  # in the fullest `span` tokens in a row
+    begins = np.flatnonzero(tokens.cpu().numpy() == BOS_ID)
+    return int((np.searchsorted(begins, begins + span) - np.arange(len(begins))).max(initial=0))
+def digest(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+def described(hp) -> dict[Path, str]:
+    """sha256 of shards and tokenizer, as data/prepare.py wrote them; {} if it did not."""
+    file = Path(hp.data_path, "stats.json")
+    try:
+        told = json.loads(file.read_text()) if file.is_file() else {}
+        sums = {file.with_name(k): v["sha256"] for k, v in told.get("files", {}).items()}
+        return sums and sums | {Path(hp.tokenizer_path): told["tokenizer_sha256"]}
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise Refused(f"{file}: not what data/prepare.py writes: {error!r}") from None
+
+def check_files(hp) -> None:
+    """The ranks share them. Raises: OSError, Refused naming those that are not as described."""
+    sums = described(hp)
+    paths = sorted({*sums, *Path(hp.data_path).glob("fineweb_*.bin")}) if sums else []
+    paths = [path for path in paths if "_train_" not in path.name or not hp.eval_only]
+    paths = paths[world.rank :: world.size]
+    wrong = [str(path) for path in paths if not path.is_file() or digest(path) != sums.get(path)]
+    if wrong:
+        raise Refused(f"not as {hp.data_path}/stats.json describes them: {', '.join(wrong)}: if "
+                      "they are cut, not inside a character, remove it")
 
 class TrainLoader:
     """Micro-batches in stream order, one read ahead by a thread."""
-    def __init__(self, stream: TokenStream, hp: Hyperparameters, position: int = 0):
+    def __init__(self, stream: TokenStream, hp, position: int = 0):
         self.stream, self.seq_len = stream, hp.train_seq_len
         self.span = hp.micro_rows() * hp.train_seq_len  # tokens of a micro-batch
-        self.position = position  # of the token at which the next micro-batch begins
-        self.last_read = 0.0  # time.perf_counter() when training data was last read
+        self.position = position  # of the next micro-batch
+        self.last_read = 0.0  # when training data was last read
         self.pool = ThreadPoolExecutor(1)
         self.ahead = self.pool.submit(self.read, position)
 
-    def read(self, position: int) -> tuple[Tensor, Tensor]:
-        """This rank's share of the micro-batch at `position`: inputs and targets, int64 [B, T]."""
+    def read(self, position: int):
+        """This rank's share of the micro-batch there: inputs and targets, int64 [B, T] each."""
         tokens = self.stream.read(position + world.rank * self.span, self.span + 1)
         x, y = tokens[:-1].view(-1, self.seq_len), tokens[1:].view(-1, self.seq_len)
         self.last_read = time.perf_counter()
         return (x.pin_memory(), y.pin_memory()) if world.on_cuda else (x, y)
 
-    def next(self) -> tuple[Tensor, Tensor]:
+    def next(self):
         x, y = self.ahead.result()
         self.position += world.size * self.span
         self.ahead = self.pool.submit(self.read, self.position)
         return x.to(world.device, non_blocking=True), y.to(world.device, non_blocking=True)
 
-    def close(self) -> None:
-        """No training data after this: a later `next` raises RuntimeError, `read` IndexError."""
+    def close(self) -> None:  # there is no training data after this: `next` and `read` fail
         self.pool.shutdown()
         self.stream.shards.clear()
 
 # --- 5. Kernels -----------------------------------------------------------------------------------
 # The only computations that differ on CUDA. Plain torch is the CPU path and the tests' oracle.
-
 def gated_delta_rule(q, k, v, g, beta, initial_state=None) -> tuple[Tensor, Tensor]:
     """S <- exp(g) S; S <- S + beta k (v - S^T k)^T; o = S^T q / sqrt(K), per token and head
     (arXiv:2412.06464).
@@ -414,15 +467,14 @@ def gated_delta_rule(q, k, v, g, beta, initial_state=None) -> tuple[Tensor, Tens
     beta: [B, T, H]. initial_state: [B, H, K, V] float32, zeros if None.
     Returns o: [B, T, H, V] in v's dtype and the final state: [B, H, K, V] float32."""
     assert q.shape == k.shape and g.shape == beta.shape == k.shape[:3] == v.shape[:3]
-    B, _, H, K = k.shape
     if initial_state is None:
+        B, _, H, K = k.shape
         initial_state = k.new_zeros(B, H, K, v.shape[-1], dtype=torch.float32)
     rule = fla_gated_delta_rule if k.is_cuda else torch_gated_delta_rule
-    o, final_state, *_ = rule(q, k, v, g, beta, initial_state)
-    return o, final_state
+    return rule(q, k, v, g, beta, initial_state)[:2]
 
 def torch_gated_delta_rule(q, k, v, g, beta, initial_state, chunk: int = 64):
-    """Chunk by chunk, in float32 or, for float64 inputs, float64. 64 is the fastest on a CPU."""
+    """Chunk by chunk, in float32, or float64 of such inputs. 64 is the fastest on a CPU."""
     inner = torch.promote_types(v.dtype, torch.float32)
     inputs = q * k.shape[-1] ** -0.5, k, v, g, beta.unsqueeze(-1)
     chunks = (x.to(inner).transpose(1, 2).split(chunk, 2) for x in inputs)  # [B, H, C, ...] each
@@ -440,9 +492,7 @@ def torch_gated_delta_rule(q, k, v, g, beta, initial_state, chunk: int = 64):
         S = from_start[..., -1:, :] * S + (k_n * decay[..., -1, :, None]).mT @ U
     return torch.cat(out, 2).transpose(1, 2).to(v.dtype), S
 
-# fla's chunk op would break fullgraph; a custom op is opaque. fla is imported when used: without a
-# GPU that warns, for seconds.
-
+# fla's chunk op would break fullgraph; a custom op is opaque. Its import takes seconds on a CPU.
 @torch.library.custom_op("train_gpt::gated_delta_rule", mutates_args=())
 def fla_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
                          initial_state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -474,26 +524,23 @@ def fla_gated_delta_rule_backward(
 def _(q, k, v, g, beta, initial_state):
     return (v.new_empty(v.shape), initial_state.new_empty(initial_state.shape),
             g.new_empty(g.shape), k.new_empty(*k.shape[:3], 64))
-
 @fla_gated_delta_rule_backward.register_fake
 def _(q, k, v, g_sum, beta, A, initial_state, do, d_state):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, g_sum, beta, initial_state))
 
 def save_for_delta_backward(ctx, inputs, output) -> None:
     q, k, v, _, beta, initial_state = inputs
-    _, _, g_sum, A = output
-    ctx.save_for_backward(q, k, v, g_sum, beta, A, initial_state)
+    ctx.save_for_backward(q, k, v, output[2], beta, output[3], initial_state)
 
-def delta_backward(ctx, do, d_state, _d_g_sum, _d_A):
-    return fla_gated_delta_rule_backward(*ctx.saved_tensors, do, d_state)
-
-fla_gated_delta_rule.register_autograd(delta_backward, setup_context=save_for_delta_backward)
+fla_gated_delta_rule.register_autograd(
+    lambda ctx, do, d_state, *_: fla_gated_delta_rule_backward(*ctx.saved_tensors, do, d_state),
+    setup_context=save_for_delta_backward)
 
 def window_attention(q, k, v, window: int, doc=None, most: int | None = None) -> Tensor:
     """Causal attention inside documents: token t sees t - window + 1 .. t of its own document.
     q: [B, T, H, D]. k, v: [B, T, Hkv, D], Hkv divides H. doc: [B, T], the document's number,
-    rising; None = one document per row. most: documents that all rows may have together, B * T if
-    None. Returns [B, T, H, D]."""
+    rising; None = one per row. most: documents in all rows, at most; None = B * T.
+    Returns [B, T, H, D]."""
     assert k.shape == v.shape and q.shape[:2] == k.shape[:2] and q.shape[2] % k.shape[2] == 0
     if doc is None:
         doc = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device)
@@ -509,11 +556,10 @@ def masked_window_attention(q, k, v, window: int, doc: Tensor, most: int) -> Ten
     return y.transpose(1, 2)
 
 def varlen_window_attention(q, k, v, window: int, doc: Tensor, most: int) -> Tensor:
-    """FlashAttention over all rows as one packed sequence; each place for a document that is not
-    there costs an empty thread block."""
+    """FlashAttention over all rows as one packed sequence; room that is not used costs a little."""
     B, T = doc.shape
     starts = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0), value=True).flatten()
-    torch._assert_async(starts.sum() <= most, "window_attention: more documents than expected")
+    torch._assert_async(starts.sum() <= most, "more documents than expected")
     cu_seqlens = torch.nonzero_static(starts, size=most + 1, fill_value=B * T).flatten().int()
     y = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, cu_seqlens, T, T,
                     window_size=(window - 1 if window < T else -1, 0), enable_gqa=True)
@@ -536,24 +582,18 @@ class Context(NamedTuple):
     def last(self, n: int) -> "Context":  # of the last n tokens
         return Context(*(x[:, -n:] for x in self[:4]), self.most)
 
-class LayerCache(NamedTuple):  # what a pass through a mixer keeps for the tokens to come
+class LayerCache(NamedTuple):  # what a mixer keeps for the tokens to come
     inputs: Tensor  # [B, reach, D], the last ones
     state: Tensor | None  # [B, H, K, V] float32, of Gated DeltaNet
-
-class Cache(NamedTuple):  # what a forward leaves for the one over the next tokens
+class Cache(NamedTuple):  # what a forward leaves for the next
     ids: Tensor  # [B, reach], the last tokens; -1 = none yet
     layers: list[LayerCache]  # of each pass, in order
 
-def shift(x: Tensor, n: int) -> Tensor:
-    """x of the token n earlier, zeros before the first; over dim 1."""
+def shift(x: Tensor, n: int) -> Tensor:  # x of the token n earlier, zeros before the first; dim 1
     return F.pad(x, (0, 0) * (x.ndim - 2) + (n, 0))[:, : x.shape[1]]
-
-def tail(x: Tensor, n: int) -> Tensor:
-    """The last n of dim 1, without gradient; of the same strides each time, for one graph."""
+def tail(x: Tensor, n: int) -> Tensor:  # last n of dim 1; of the same strides, for one graph
     return x[:, x.shape[1] - n :].detach().clone(memory_format=torch.contiguous_format)
-
-def make_context(ids: Tensor, hp: Hyperparameters, most: int | None = None) -> Context:
-    """ids: [B, T]; -1 = no token."""
+def make_context(ids: Tensor, hp, most: int | None = None) -> Context:  # ids: [B, T]; -1 = none
     doc = torch.where(ids < 0, 0, (ids == BOS_ID).long().cumsum(1) + 1)
     same_doc = torch.stack([(shift(doc, n) == doc).to(world.dtype) for n in (1, 2, 3)], -1)
     exponents = torch.linspace(0, 1, hp.rope_dims // 2 + 1, device=ids.device)[:-1]
@@ -562,9 +602,8 @@ def make_context(ids: Tensor, hp: Hyperparameters, most: int | None = None) -> C
     cos, sin = angles.cos().to(world.dtype), angles.sin().to(world.dtype)
     return Context(doc, same_doc, cos, sin, most or ids.numel())
 
-def norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
+def norm(x, weight=None) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight if weight is None else weight.to(x.dtype), eps=1e-5)
-
 def rotary(x: Tensor, ctx: Context) -> Tensor:
     """Rotates the first rope_dims of each head by the position in the row. x: [B, T, H, D]."""
     n = ctx.cos.shape[-1]
@@ -573,7 +612,7 @@ def rotary(x: Tensor, ctx: Context) -> Tensor:
 
 def short_conv(x: Tensor, weight: Tensor, ctx: Context) -> Tensor:
     """Causal and depthwise, then SiLU. x: [B, T, n]; weight: [n, 4], last the token itself."""
-    def convolve(x: Tensor, weight: Tensor, same_doc: Tensor) -> Tensor:
+    def convolve(x, weight, same_doc) -> Tensor:
         taps = weight.to(x.dtype).unbind(-1)
         y = x * taps[3]
         for n in (1, 2, 3):
@@ -582,7 +621,7 @@ def short_conv(x: Tensor, weight: Tensor, ctx: Context) -> Tensor:
 
     if not x.is_cuda:
         return convolve(x, weight, ctx.same_doc)
-    # computed again in the backward: else nine shifted copies of x are written, kept and read
+    # computed again in the backward: else nine shifted copies of x are kept
     return checkpoint(convolve, x, weight, ctx.same_doc, use_reentrant=False,
                       preserve_rng_state=False)
 
@@ -609,11 +648,10 @@ def products(x: Tensor, *linears: Linear) -> list[Tensor]:
 
 class GatedDeltaNet(nn.Module):
     """arXiv:2412.06464, with the names of fla.layers.GatedDeltaNet (expand_v = 1)."""
-    def __init__(self, hp: Hyperparameters):
+    def __init__(self, hp):
         super().__init__()
         D, H, K = hp.model_dim, hp.gdn_heads, hp.gdn_head_dim
-        self.head_dim = K
-        self.reach, self.state_shape = CONV_SIZE - 1, (H, K, K)  # of the cache
+        self.head_dim, self.reach, self.state_shape = K, CONV_SIZE - 1, (H, K, K)  # of the cache
         self.q_proj, self.k_proj, self.v_proj, self.g_proj = (Linear(D, H * K) for _ in range(4))
         self.a_proj, self.b_proj = Linear(D, H), Linear(D, H)
         self.q_conv1d, self.k_conv1d, self.v_conv1d = (
@@ -623,10 +661,10 @@ class GatedDeltaNet(nn.Module):
         self.o_proj = Linear(H * K, D)
 
     def forward(self, seen: Tensor, T: int, ctx: Context, state: Tensor | None):
-        """A mixer reads seen: [B, T or reach + T, D], the inputs of T tokens and, with a cache, of
-        the `reach` before them, ctx of all of these, and the state of state_shape before the T
-        tokens. Returns [B, T, D] and the state after them. It must not look across documents."""
-        def heads(x: Tensor) -> Tensor:
+        """A mixer reads seen: [B, T or reach + T, D], inputs of T tokens and, with a cache, of the
+        `reach` before them; ctx of all these; the state, of state_shape, before the T tokens.
+        Returns [B, T, D] and the state after them. It must not look across documents."""
+        def heads(x):
             return x[:, -T:].unflatten(-1, (-1, self.head_dim))  # [B, T, H, K]
 
         q, k, v, gate, a, b = products(seen, self.q_proj, self.k_proj, self.v_proj, self.g_proj,
@@ -643,11 +681,11 @@ class GatedDeltaNet(nn.Module):
 class Attention(nn.Module):
     """Full or in a window: grouped queries, partial rotary, QK norm with one gain per head (#1394),
     exclusive self-attention (#1493): no output has a component along the token's own value."""
-    def __init__(self, hp: Hyperparameters, window: int):
+    def __init__(self, hp, window: int):
         super().__init__()
         D, H, Hkv = hp.model_dim, hp.num_heads, hp.num_kv_heads
         self.head_dim, self.window, self.xsa = hp.head_dim, window, hp.xsa
-        # the cache is the inputs in the window; full attention must be cut off somewhere
+        # the cache: inputs in the window; full attention is cut off somewhere
         self.reach, self.state_shape = min(window, hp.eval_seq_len) - 1, None
         self.q_proj = Linear(D, H * hp.head_dim)
         self.k_proj, self.v_proj = Linear(D, Hkv * hp.head_dim), Linear(D, Hkv * hp.head_dim)
@@ -656,7 +694,6 @@ class Attention(nn.Module):
 
     def forward(self, seen: Tensor, T: int, ctx: Context, state: None):  # as GatedDeltaNet.forward
         return self.o_proj(self.attend(seen, T, ctx).flatten(2)), None
-
     def attend(self, seen: Tensor, T: int, ctx: Context) -> Tensor:  # [B, T, H, D]
         q, k, v = (y.unflatten(-1, (-1, self.head_dim))  # [B, T or reach + T, heads, D]
                    for y in products(seen, self.q_proj, self.k_proj, self.v_proj))
@@ -671,15 +708,14 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Mixer and MLP, each on the normalised stream and scaled per channel; x0 is mixed in first."""
-    def __init__(self, hp: Hyperparameters, mixer: nn.Module):
+    def __init__(self, hp, mixer: nn.Module):
         super().__init__()
         D, hidden = hp.model_dim, int(hp.mlp_mult * hp.model_dim)
         self.mixer = mixer
         self.mlp = nn.ModuleDict(dict(up_proj=Linear(D, hidden), down_proj=Linear(hidden, D)))
         self.norm_scale = 1.0  # of the inputs of both
         self.resid_mix = nn.Parameter(torch.empty(2, D))  # of the stream, of x0
-        self.mixer_scale = nn.Parameter(torch.empty(D))
-        self.mlp_scale = nn.Parameter(torch.empty(D))
+        self.mixer_scale, self.mlp_scale = (nn.Parameter(torch.empty(D)) for _ in range(2))
 
     def mix(self, x: Tensor, ctx: Context, cache: LayerCache | None):
         """x: [B, T, D]. Returns what the mixer adds to it, and the cache after these tokens."""
@@ -730,17 +766,17 @@ class GPT(nn.Module):
     """One forward for training, calibration and scoring; a system overrides the small methods."""
     param_rules = PARAM_RULES
 
-    def __init__(self, hp: Hyperparameters):
+    def __init__(self, hp):
         super().__init__()
         self.hp = hp
-        self.most_documents = {}  # in all rows together, by a forward's shape [rows, tokens]
+        self.most_documents = {}  # in all rows, by a forward's [rows, tokens]
         self.build(hp)
-        self.kinds = self.init_weights()  # MATRIX, EMBED or SCALAR of each parameter, by name
+        self.kinds = self.init_weights()  # of each parameter, by name
         if world.on_cuda:
             torch._dynamo.config.recompile_limit = 64  # a graph for each shape, with adapters, ...
             self.compile(fullgraph=True, dynamic=False)
 
-    def build(self, hp: Hyperparameters) -> None:
+    def build(self, hp) -> None:
         self.tok_emb = nn.Embedding(hp.vocab_size, hp.model_dim)
         if hp.smear_dims:
             self.smear_gate = nn.Parameter(torch.empty(hp.smear_dims))
@@ -757,14 +793,13 @@ class GPT(nn.Module):
     def new_mixer(self, kind: str) -> nn.Module:
         if kind == "G":
             return GatedDeltaNet(self.hp)
-        assert kind in "SA", kind
-        return Attention(self.hp, self.hp.window_size if kind == "S" else sys.maxsize)
+        return Attention(self.hp, dict(S=self.hp.window_size, A=sys.maxsize)[kind])
     def new_block(self, index: int, mixer: nn.Module) -> Block:
         return Block(self.hp, mixer)
 
     @torch.no_grad()
     def init_weights(self) -> dict[str, str]:
-        """Returns the kind of every parameter. Raises: LookupError for one that no rule names."""
+        """Returns the kind of every parameter. Raises: LookupError."""
         kinds = {}
         for name, p in self.named_parameters():
             rule = next((rule for rule in self.param_rules if re.search(rule[0], name)), None)
@@ -776,7 +811,6 @@ class GPT(nn.Module):
 
     def lookup(self, ids: Tensor, ctx: Context) -> Tensor:
         return self.tok_emb(ids).to(ctx.cos.dtype)
-
     def embed(self, ids: Tensor, ctx: Context) -> Tensor:
         """ids: [B, T] -> [B, T, D]; the SmearGate adds some of the token before."""
         x = self.lookup(ids, ctx)
@@ -790,7 +824,7 @@ class GPT(nn.Module):
         cap = self.hp.logit_softcap
         return cap * torch.tanh(self.lm_head(norm(x)).float() / cap)
 
-    def new_cache(self, rows: int) -> Cache:  # of texts that have not begun
+    def new_cache(self, rows: int) -> Cache:  # of texts not begun
         device, layers = self.tok_emb.weight.device, []
         for mixer in (self.blocks[i].mixer for i in self.order):
             shape, state_shape = (rows, mixer.reach, self.hp.model_dim), mixer.state_shape
@@ -818,29 +852,24 @@ class GPT(nn.Module):
             out = nats.view_as(targets)
         return out if cache is None else (out, Cache(tail(ids, self.reach), layers))
 
-    # Hooks that a system may override, as those above.
-
     def enter(self, x: Tensor, earlier: list[Tensor]) -> Tensor:
-        """The stream as the next block gets it; earlier: the stream after each pass so far."""
+        """The stream as the next block gets it; earlier: after each pass so far."""
         return x
-
     def set_progress(self, progress: float) -> None:  # before each step; 1 at the end
         pass
-    def passes(self, x: Tensor, y: Tensor):
-        """Yields the nats of a micro-batch, one [B, T] for each backward pass."""
+    def passes(self, x: Tensor, y: Tensor):  # yields the nats for each backward pass, [B, T]
         yield self(x, y)
     def calibrate(self, batches: list) -> dict[str, Tensor]:
         return collect_hessians(self, batches)
-    def precision(self, name: str) -> tuple[int, float]:
-        """Bits and clip_sigmas of a parameter that is quantized."""
+    def precision(self, name: str):  # bits and clip_sigmas
         hp = self.hp
         if self.kinds[name] == EMBED:
             return hp.embed_bits, hp.embed_clip_sigmas
         return hp.matrix_bits, hp.mlp_clip_sigmas if ".mlp." in name else hp.matrix_clip_sigmas
-    def learner(self, hp: Hyperparameters):
+    def learner(self, hp):
         return LoraTTT(self, hp) if hp.ttt == "lora" else None
 
-def accumulate(model: GPT, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
+def accumulate(model: GPT, batch: list) -> Tensor:
     """Adds up the gradients of the mean loss over all micro-batches. Returns that loss."""
     total = torch.zeros((), device=world.device)
     for x, y in batch:
@@ -882,7 +911,7 @@ def reduce_gradients(params: list[Tensor], clip_norm: float) -> Tensor:
 class Muon:
     """Muon (arXiv:2502.16982) for matrices, AdamW for the rest; without DDP: gradients are reduced
     here. Matrices of equal shape are stacked, split over the ranks, and gathered afterwards."""
-    def __init__(self, model: GPT, hp: Hyperparameters):
+    def __init__(self, model: GPT, hp):
         self.model, self.hp, self.lr_multiplier = model, hp, 0.0  # the last one used
         owned = {kind: [] for kind in (MATRIX, EMBED, SCALAR)}
         for name, p in model.named_parameters():
@@ -891,7 +920,7 @@ class Muon:
         scalar = dict(params=owned[SCALAR], base_lr=hp.scalar_lr, weight_decay=0.0)
         self.adamw = torch.optim.AdamW([embed, scalar], betas=(hp.beta1, hp.beta2),
                                        eps=hp.adam_eps, fused=world.on_cuda)
-        self.stacks: dict[tuple[int, int], list[Tensor]] = collections.defaultdict(list)
+        self.stacks = collections.defaultdict(list)  # matrices, by shape
         for p in owned[MATRIX]:
             self.stacks[tuple(p.shape)].append(p)
         self.momentum = {  # of this rank's share of each stack
@@ -932,16 +961,15 @@ class Muon:
         dist.all_gather_into_tensor(gathered, update.contiguous())
         return gathered
 
-    def reached(self) -> int:
-        """How many parameters a gradient has ever reached: those whose momentum is not zero."""
-        count = sum(buffer.flatten(1).any(1).sum().item() for buffer in self.momentum.values())
-        matrices = world.all_reduce(torch.tensor(count, device=world.device)).item()
-        return matrices + sum(s["exp_avg"].any().item() for s in self.adamw.state.values())
+    def reached(self) -> int:  # parameters with a momentum: a gradient has reached them
+        count = sum(buffer.flatten(1).any(1).sum() for buffer in self.momentum.values())
+        count = world.all_reduce(torch.as_tensor(count, device=world.device))
+        return count.item() + sum(s["exp_avg"].any().item() for s in self.adamw.state.values())
 
 # --- 8. GPTQ --------------------------------------------------------------------------------------
-PERCDAMP = 0.01  # of the mean diagonal, added to it: the factorisation stays stable
+PERCDAMP = 0.01  # of the mean diagonal, added to it
 
-def collect_hessians(model: GPT, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+def collect_hessians(model: GPT, batches: list) -> dict:
     """X^T X of the inputs of every matrix, by its name: float32 [cols, cols], over all ranks."""
     names = {id(p): name for name, p in model.named_parameters() if model.kinds[name] != SCALAR}
     hessians = collections.defaultdict(float)
@@ -956,21 +984,12 @@ def collect_hessians(model: GPT, batches: list[tuple[Tensor, Tensor]]) -> dict[s
             model.forward(x)  # not compiled: hooks are seen
     return {name: world.all_reduce(H) for name, H in hessians.items()}
 
-def row_scales(W: Tensor, bits: int, clip_sigmas: float) -> tuple[Tensor, int]:
-    """SDClip (#1394): clip_sigmas * std / qmax of each row, float16 [rows]; and qmax."""
-    qmax = 2 ** (bits - 1) - 1
-    return (clip_sigmas * W.std(dim=1) / qmax).clamp_min(2**-24).half(), qmax
-
-def round_to_nearest(W: Tensor, bits: int, clip_sigmas: float) -> tuple[Tensor, Tensor]:
-    scale, qmax = row_scales(W, bits, clip_sigmas)
-    return (W / scale.float()[:, None]).round().clamp(-qmax, qmax).to(torch.int8), scale
-
-def gptq_quantize(W: Tensor, H: Tensor, bits: int, clip_sigmas: float) -> tuple[Tensor, Tensor]:
-    """GPTQ (arXiv:2210.17323) with activation order. W: [rows, cols] float32. H: [cols, cols],
-    X^T X of the inputs. Returns q: int8 [rows, cols] in [-qmax, qmax], scale: float16 [rows];
-    W is about q * scale."""
+def gptq_quantize(W: Tensor, H: Tensor, bits: int, clip_sigmas: float):
+    """GPTQ (arXiv:2210.17323) with activation order, SDClip (#1394). W: [rows, cols] float32.
+    H: [cols, cols], X^T X of the inputs. Returns q: int8 [rows, cols], scale: float16 [rows]."""
     assert H.shape == 2 * W.shape[1:]
-    scale, qmax = row_scales(W, bits, clip_sigmas)
+    qmax = 2 ** (bits - 1) - 1
+    scale = (clip_sigmas * W.std(dim=1) / qmax).clamp_min(2**-24).half()
     W, H = W.clone(), H.float().clone()
     dead = H.diagonal() == 0
     H.diagonal()[dead] = 1.0
@@ -981,8 +1000,7 @@ def gptq_quantize(W: Tensor, H: Tensor, bits: int, clip_sigmas: float) -> tuple[
     H.diagonal().add_(damp)
     while torch.linalg.cholesky_ex(H).info > 0 and damp < math.inf:
         H.diagonal().add_(damp := 10 * damp)
-    Hinv = torch.cholesky_inverse(torch.linalg.cholesky(H))
-    Hinv = torch.linalg.cholesky(Hinv, upper=True)
+    Hinv = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
     Q = torch.empty_like(W)
     for j, w in enumerate(W.unbind(1)):
         Q[:, j] = (w / scale.float()).round().clamp(-qmax, qmax)
@@ -992,15 +1010,17 @@ def gptq_quantize(W: Tensor, H: Tensor, bits: int, clip_sigmas: float) -> tuple[
 
 @torch.no_grad()
 def quantize(model: GPT, hessians: dict[str, Tensor] | None = None) -> dict:
-    """(q, scale) of every matrix and embedding, by name; without Hessians by rounding."""
-    return {name: round_to_nearest(W, *model.precision(name)) if hessians is None
-            else gptq_quantize(W, hessians[name], *model.precision(name))
-            for name, W in model.named_parameters() if model.kinds[name] != SCALAR}
+    """(q, scale) of every matrix and embedding, by name; without Hessians rounded to nearest."""
+    quantized = {}
+    for name, W in model.named_parameters():
+        if model.kinds[name] != SCALAR:
+            H = torch.eye(W.shape[1], device=W.device) if hessians is None else hessians[name]
+            quantized[name] = gptq_quantize(W, H, *model.precision(name))
+    return quantized
 
 # --- 9. Packing -----------------------------------------------------------------------------------
 # ARTIFACT_MAGIC, sha256 of what follows, and compressed: length of a JSON text, this text (system
 # and hyperparameters), int8 values of what is quantized, float16 of its scales and of the rest.
-
 ARTIFACT_MAGIC = b"GDNSWA17"
 MAX_BODY_BYTES = 1 << 26  # unpacked; 16 MB at 2 bits are less
 OF_A_PROCESS = ("run_id", "artifact", "eval_only", "scores")  # not stored in an artifact
@@ -1015,23 +1035,23 @@ def save_artifact(path, model: GPT, hp: Hyperparameters, quantized: dict | None 
               for name, p in model.named_parameters()]
     values = b"".join(x.cpu().numpy().tobytes() for x in ints + halves)
     data = brotli.compress(len(head).to_bytes(4, "little") + head + values, quality=11, lgwin=24)
-    Path(f"{path}.tmp").write_bytes(ARTIFACT_MAGIC + hashlib.sha256(data).digest() + data)
-    os.replace(f"{path}.tmp", path)
+    whole = ARTIFACT_MAGIC + hashlib.sha256(data).digest() + data
+    write_whole(path, lambda file: file.write(whole))
     return os.path.getsize(path)
 
 def load_artifact(path, device, hp_class=Hyperparameters, model_class=GPT, **changes):
     """A fresh model with the artifact's weights, and its hyperparameters; changes: to the model's.
-    Raises: FileNotFoundError, or ValueError naming the file and what is wrong with it."""
-    raw = Path(path).read_bytes()
-    magic, digest, data = raw[:8], raw[8:40], raw[40:]
-    if magic != ARTIFACT_MAGIC or hashlib.sha256(data).digest() != digest:
-        raise ValueError(f"{path}: no artifact, or damaged: {magic!r}, {len(raw)} bytes")
+    Raises: Refused naming the file and what is wrong with it."""
+    [raw] = each(Path.read_bytes, [Path(path)])
+    magic, sha256, data = raw[:8], raw[8:40], raw[40:]
+    if magic != ARTIFACT_MAGIC or hashlib.sha256(data).digest() != sha256:
+        raise Refused(f"ARTIFACT={path}: damaged, or no artifact: {len(raw)} bytes")
     try:
         body = brotli.Decompressor().process(data, output_buffer_limit=MAX_BODY_BYTES)
         end = 4 + int.from_bytes(body[:4], "little")
         head, values = json.loads(body[4:end]), bytearray(body[end:])
         if head["system"] != hp_class.system:
-            raise ValueError(f"its system is {head['system']}, not {hp_class.system}")
+            raise Refused(f"its system is {head['system']}, not {hp_class.system}")
         hp = hp_class(**head["config"])
         hp.validate()
         model = model_class(replace(hp, **changes))
@@ -1040,9 +1060,9 @@ def load_artifact(path, device, hp_class=Hyperparameters, model_class=GPT, **cha
         ints = [p.numel() for name, p in params.items() if is_int[name]]
         halves = [len(p) if is_int[name] else p.numel() for name, p in params.items()]
         if head.keys() != {"system", "config"} or len(values) != sum(ints) + 2 * sum(halves):
-            raise ValueError("its values are not those of the model it describes")
+            raise Refused("its values are not those of the model it describes")
     except Exception as error:  # of whatever library
-        raise ValueError(f"{path}: damaged, or of another program: {error}") from None
+        raise Refused(f"{path}: damaged, or of another program: {error}") from None
     q = iter(torch.frombuffer(values, dtype=torch.int8, count=sum(ints)).split(ints))
     h = torch.frombuffer(values, dtype=torch.float16, offset=sum(ints)).split(halves)
     with torch.no_grad():
@@ -1056,30 +1076,29 @@ class Reading(NamedTuple):  # target i is token i + 1; (0, 0, 0) is nothing
     start: int  # tokens start .. end - 1 are read
     end: int
     first: int  # targets first .. end - 1 are scored
-
-class Plan(NamedTuple):  # how a text is read: each target is scored in one reading
+class Plan(NamedTuple):  # how a text is read
     units: list[list[Reading]]  # readings that follow each other in one row
     rows: int  # of a rank, read at once
     length: int  # tokens of a reading at most
-    cached: bool  # whether each reading of a unit continues the one before
+    cached: bool  # whether readings continue the one before
 
-def window_plan(tokens: Tensor, hp: Hyperparameters, stride: int) -> Plan:
-    """Windows of EVAL_SEQ_LEN tokens; each scores the targets that the one before left."""
+def window_plan(tokens, hp, stride: int) -> Plan:
+    """Windows of EVAL_SEQ_LEN tokens; each scores what the one before left."""
     n = len(tokens) - 1
     T = min(hp.eval_seq_len, n)
     ends = itertools.pairwise([0, *range(T, n, stride), n])
     units = [[Reading(max(0, end - T), end, first)] for first, end in ends]
     return Plan(units, max(1, hp.val_batch_size // T), T, cached=False)
 
-def stream_plan(tokens: Tensor, hp: Hyperparameters) -> Plan:
-    """Each document from left to right, in chunks of EVAL_CHUNK tokens."""
+def stream_plan(tokens, hp) -> Plan:
+    """Each document from left to right, in chunks of EVAL_CHUNK."""
     n, chunk = len(tokens) - 1, hp.eval_chunk
     starts = [0, *(1 + (tokens[1:n] == BOS_ID).nonzero().flatten()).tolist(), n]
     units = [[Reading(i, min(i + chunk, end), i) for i in range(start, end, chunk)]
              for start, end in itertools.pairwise(starts)]
     return Plan(units, hp.eval_rows, min(chunk, n), cached=True)
 
-def final_plan(tokens: Tensor, hp: Hyperparameters) -> Plan:
+def final_plan(tokens, hp) -> Plan:
     streams = hp.eval_mode == "stream"
     return stream_plan(tokens, hp) if streams else window_plan(tokens, hp, hp.eval_stride)
 
@@ -1095,23 +1114,16 @@ def steps_of(plan: Plan, device) -> Tensor:
     steps = [*itertools.zip_longest(*rows, fillvalue=Reading(0, 0, 0))]
     return torch.tensor(steps, device=device).unflatten(1, (world.size, plan.rows))
 
-def expect_documents(model: GPT, tokens: Tensor, plan: Plan) -> None:
-    """Tells the model how many documents a forward of `score` has at most. Doubled: a part of the
-    text, read by itself, shall have the same room, and with it the same graph."""
-    starts = steps_of(plan, tokens.device)[..., 0]
-    ring = torch.cat((tokens[:-1], tokens[: plan.length]))
-    before = F.pad((ring == BOS_ID).cumsum(0), (1, 0))
-    begin = before[starts + plan.length] - before[starts]  # [steps, ranks, rows]
-    if plan.cached:  # of the last n steps, which a forward may see
-        n = 1 + math.ceil(model.reach / plan.length)
-        sums = F.pad(begin.cumsum(0), (0, 0, 0, 0, n, 0))
-        begin = sums[n:] - sums[:-n]
-    # besides, a row begins inside a document; before this a cache has no token at all
-    most = 2 * begin.sum(2).max().item() + plan.rows * (1 + plan.cached)
-    most = max(most, model.most_documents.get((plan.rows, plan.length), 0))
-    model.most_documents[plan.rows, plan.length] = most
+def expected(model: GPT, tokens: Tensor, plan: Plan) -> Plan:
+    """The plan; the model is told how many documents a forward of it has at most: in each row as
+    many as anywhere in the text."""
+    steps = 1 + plan.cached * math.ceil(model.reach / plan.length)  # that a row has tokens of
+    ring = torch.cat((tokens, tokens[: plan.length]))
+    most = steps * count_documents(ring, plan.length) + 1 + plan.cached
+    model.most_documents[plan.rows, plan.length] = plan.rows * most
+    return plan
 
-def score(model: GPT, tokens: Tensor, plan: Plan, learner=None) -> tuple[Tensor, Tensor]:
+def score(model, tokens: Tensor, plan: Plan, learner=None):
     """tokens: int64 [N]. Returns for all ranks -ln p of every target tokens[1:] that the plan has,
     float64 [N - 1], else 0, and how often each was scored, int32 [N - 1].
     learner: a LoraTTT, told of every step. Raises: FloatingPointError if a score is not finite."""
@@ -1120,7 +1132,6 @@ def score(model: GPT, tokens: Tensor, plan: Plan, learner=None) -> tuple[Tensor,
     count = torch.zeros(n + 1, dtype=torch.int32, device=device)
     steps = steps_of(plan, device)[:, world.rank]  # [steps, rows, 3]
     places = torch.arange(plan.length, device=device)
-    expect_documents(model, tokens, plan)
     cache = model.new_cache(plan.rows) if plan.cached else None
     for number, step in enumerate(steps, 1):
         start, end, first = step.unsqueeze(-1).unbind(1)  # [rows, 1] each
@@ -1141,31 +1152,41 @@ def score(model: GPT, tokens: Tensor, plan: Plan, learner=None) -> tuple[Tensor,
 
 class Validation:
     """The validation split, its documents and their bytes."""
-    def __init__(self, hp: Hyperparameters):
+    def __init__(self, hp):
         stream = TokenStream(hp.data_path, "val", hp.vocab_size)
-        if len(stream) < 2:
-            raise ValueError(f"{stream.paths[0]}: {len(stream)} tokens, expected at least 2")
         ids = stream.read(0, len(stream))
         self.paths, self.tokens = stream.paths, ids.to(world.device)  # int64 [N]
         self.starts = np.flatnonzero(ids.numpy() == BOS_ID)  # of documents
-        self.count_bytes(hp, spm.SentencePieceProcessor(model_file=hp.tokenizer_path))
+        try:
+            sp = spm.SentencePieceProcessor(model_file=str(Path(hp.tokenizer_path)))
+        except Exception as error:  # of its library
+            raise Refused(f"TOKENIZER_PATH={hp.tokenizer_path}: {error}") from None
+        self.count_bytes(hp, sp)
         self.bytes = self.target_bytes.sum(dtype=torch.int64).item()
-        official_bytes = 151_020_000 <= self.bytes <= 151_090_000  # with any tokenizer
-        self.is_official = len(self.starts) == 50_000 and official_bytes
+        if self.bytes == 0:
+            raise Refused(f"{self.paths[0]}: {len(ids)} tokens, expected some with text")
+        self.is_official = len(self.starts) == 50_000 and 151_020_000 <= self.bytes <= 151_090_000
+        documents = [part.tolist() for part in np.split(ids.numpy(), self.starts)[1:]]
+        texts = sp.decode(documents)
+        self.text_bytes = np.array([len(self.original(text).encode()) for text in texts])
+        if not described(hp):  # no other tokenizer makes the same tokens of the texts
+            halves = [ids[1 : len(ids) // 2] for ids in documents]  # the text may be cut
+            others = sum(a != b[: len(a)] for a, b in zip(halves, sp.encode(texts), strict=True))
+            if others > 0.05 * len(documents):  # some are normalised anew
+                raise Refused(f"TOKENIZER_PATH={hp.tokenizer_path}: encodes {others} of "
+                              f"{len(documents)} documents of {hp.data_path} as other tokens")
 
-    def count_bytes(self, hp: Hyperparameters, sp: spm.SentencePieceProcessor) -> None:
-        """Of each target, int32 [N - 1], by the table; of each document, by decoding it."""
+    def count_bytes(self, hp, sp) -> None:
+        """Of each target, by the table: int32 [N - 1]."""
         sidecar = any(Path(hp.data_path).glob("fineweb_val_bytes_*.bin"))
         if sidecar or sp.id_to_piece(4) == "\ue001":
-            raise ValueError(f"DATA_PATH={hp.data_path}: text of CaseOps, whose original bytes "
-                             "count: only systems/transformer.py reads it")
+            raise Refused(f"DATA_PATH={hp.data_path}: CaseOps, only read by systems/transformer.py")
         luts = build_sentencepiece_luts(sp, hp.vocab_size, world.device)
         self.target_bytes = token_bytes(luts, self.tokens[:-1], self.tokens[1:])
-        documents = np.split(self.tokens.cpu().numpy(), self.starts)[1:]
-        texts = sp.decode([document.tolist() for document in documents])
-        self.text_bytes = np.array([len(text.encode()) for text in texts])
 
-def validate(model, validation: Validation, plan: Plan, label: str, learner=None, timing=""):
+    original = staticmethod(lambda text: text)  # of a decoded document
+
+def validate(model, validation, plan: Plan, label: str, learner=None, timing=""):
     """Logs the score. Returns val_loss (nats), val_bpb, seconds, and nats and count of `score`."""
     start = time.perf_counter()
     how = learner.score if learner else functools.partial(score, model)
@@ -1177,46 +1198,36 @@ def validate(model, validation: Validation, plan: Plan, label: str, learner=None
     return dict(val_loss=loss, val_bpb=bpb, seconds=seconds, nats=nats, count=count)
 
 # --- 11. Test-time training -----------------------------------------------------------------------
-class TestTimeTraining:
-    """Learns from targets that `score` has scored, through the same forward: a score is final
-    before anything is learned from it. Weights are restored; one object for one pass."""
-    def __init__(self, model: GPT, hp: Hyperparameters):
+class LoraTTT:
+    """#1787: each row of a stream has adapters on every Linear; after each chunk is scored, they
+    take a step of AdamW on it: a score is final before anything is learned from it. Where a
+    document ends, B is zeroed; A and the moments stay warm. One object for one pass."""
+    adapters = {}  # A, B and scale of each Linear
+    updates, longest = 0, 0.0  # longest: seconds of an update
+    def __init__(self, model: GPT, hp):
         self.model, self.hp = model, hp
-        self.updates, self.longest = 0, 0.0  # longest: seconds of an update
 
-    def warm_up_tokens(self) -> int:  # of a text that makes it learn once
-        return self.hp.eval_seq_len + 2
-
-    def score(self, tokens: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        """The whole pass, otherwise as the function of that name."""
+    def score(self, tokens, plan):  # as the function
         self.start = self.now = time.perf_counter()
-        saved = copy.deepcopy(self.model.state_dict())
         result = self.read(tokens, plan)
-        self.model.load_state_dict(saved)
         log.info(f"ttt_{self.hp.ttt} targets:{len(tokens) - 1} updates:{self.updates}")
         return result
 
     def in_time(self, share: float) -> bool:
-        """True if the slowest rank, after one more update, would be within `share` of 95 % of
-        EVAL_SECONDS; share: the fraction of the pass completed. Every rank must ask. None waits for
-        its GPU, whose queue is short against the other 5 %."""
+        """Whether the slowest rank (all must ask), after one more update, is within `share`, of the
+        pass completed, of 95 % of EVAL_SECONDS: 5 % are for a GPU's queue."""
         self.now = time.perf_counter()
         spent = torch.tensor(self.now - self.start + self.longest, dtype=torch.double)
         spent = world.all_reduce(spent, dist.ReduceOp.MAX).item()
         return spent <= 0.95 * (self.hp.eval_seconds or math.inf) * share
 
-    def update(self, optimizer: torch.optim.Optimizer) -> None:
+    def update(self, optimizer) -> None:
         optimizer.step()
         optimizer.zero_grad()
         self.updates += 1
         self.longest = max(self.longest, time.perf_counter() - self.now)
 
-class LoraTTT(TestTimeTraining):
-    """#1787: each row of a stream has adapters on every Linear; after each chunk is scored, they
-    take a step of AdamW on it. Where a document ends, B is zeroed; A and the moments stay warm."""
-    adapters: dict[Linear, tuple[Tensor, Tensor, float]] = {}
-
-    def read(self, tokens: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    def read(self, tokens, plan):
         self.tokens, self.adapters = tokens, self.adapters or self.new_adapters(plan.rows)
         learned = [p for A, B, _ in self.adapters.values() for p in (A, B)]
         self.adamw = torch.optim.AdamW(learned, self.hp.ttt_lora_lr, betas=(0.0, 0.99), eps=1e-10,
@@ -1231,7 +1242,7 @@ class LoraTTT(TestTimeTraining):
         generator = torch.Generator(world.device).manual_seed(self.hp.seed)
         for linear in (module for module in self.model.modules() if isinstance(module, Linear)):
             n_out, n_in = linear.weight.shape
-            A = torch.zeros(rows, r, n_in, device=world.device)
+            A = torch.empty(rows, r, n_in, device=world.device)
             A.uniform_(-(n_in**-0.5), n_in**-0.5, generator=generator)
             B = torch.zeros(rows, n_out, r, device=world.device)
             adapters[linear] = A.requires_grad_(), B.requires_grad_(), self.hp.ttt_lora_alpha / r
@@ -1243,7 +1254,7 @@ class LoraTTT(TestTimeTraining):
             linear.lora = lora if adapters else None
 
     @torch.enable_grad()
-    def after_step(self, step: Tensor, nats: Tensor, scored: Tensor, share: float) -> None:
+    def after_step(self, step, nats, scored, share: float) -> None:
         """step: [rows, 3], the readings; nats, scored: [rows, T], and which of them count."""
         if self.in_time(share):
             means = (nats * scored).sum(1) / scored.sum(1).clamp(min=1)  # [rows]
@@ -1254,10 +1265,10 @@ class LoraTTT(TestTimeTraining):
             B.data.mul_(goes_on)
 
 # --- 12. Training ---------------------------------------------------------------------------------
+@dataclass
 class Audit:
     """What only the run can say of itself; tools/verify.py does the rest."""
-    def __init__(self):
-        self.checks = {}
+    checks: dict = field(default_factory=dict)
 
     def check(self, name: str, passed, **figures) -> None:  # what fails on one rank fails on all
         passed = torch.tensor(int(passed), device=world.device)
@@ -1265,17 +1276,16 @@ class Audit:
         self.checks[name] = dict(passed=passed, **figures)
         log.info(f"audit: {name} {'passed' if passed else 'FAILED'} {json.dumps(figures)}")
 
-    def verdict(self) -> None:  # raises RuntimeError if one failed
+    def verdict(self) -> None:  # raises Refused if one failed
         if failed := [name for name, check in self.checks.items() if not check["passed"]]:
-            raise RuntimeError(f"audit failed: {', '.join(failed)}")
+            raise Refused("\n".join(f"audit failed: {name} {self.checks[name]}" for name in failed))
 
-def fingerprint(model: GPT) -> str:
-    """Of all weights, bit for bit, and of the order of the passes."""
+def fingerprint(model: GPT) -> str:  # of all weights, bit for bit, and of the order of passes
     weights = b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())
     return hashlib.sha256(weights + str(model.order).encode()).hexdigest()[:16]
 
-def warm_up(hp: Hyperparameters, model: GPT) -> None:
-    """Compiles all of training on random tokens, outside the clock, then puts the weights back."""
+def warm_up(hp, model) -> None:
+    """Compiles training on random tokens, outside the clock, then puts the weights back."""
     saved, optimizer = copy.deepcopy(model.state_dict()), Muon(model, hp)  # both thrown away
     shape = 2, hp.micro_rows(), hp.train_seq_len
     x, y = torch.randint(BOS_ID + 1, hp.vocab_size, shape, device=world.device)  # no documents
@@ -1291,28 +1301,34 @@ def warm_up(hp: Hyperparameters, model: GPT) -> None:
 
 def timing_of(step: int, seconds: float) -> str:
     return f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
+def save_state(path, hp, model, **more) -> None:  # what tools/ go on from
+    state = dict(system=hp.system, config=asdict(hp), weights=dict(model.named_parameters()))
+    write_whole(path, lambda file: torch.save(state | more, file))
 
-def train(hp, model: GPT, stream: TokenStream, validation: Validation, audit: Audit):
-    """Leaves the averaged weights in the model. Returns the Hessians and a dict of figures."""
+def between_steps(step: int, tokens: int, start: float, *state) -> tuple[int, int, float]:
+    """Sees all that later steps depend on: tools/resumable.py keeps and restores it."""
+    return step, tokens, start
+
+def train(hp, model, stream: TokenStream, validation, audit):
+    """Leaves the averaged weights in the model. Returns the Hessians and figures."""
     log.info(f"train_loader:dataset:{Path(hp.data_path).name} train_shards:{len(stream.paths)} "
              f"tokens:{len(stream)} grad_accum_steps:{hp.micro_steps()}")
     rows, T = hp.micro_rows(), hp.train_seq_len
     model.most_documents[rows, T] = rows + stream.most_documents(rows * T)
-    blocks = window_plan(validation.tokens, hp, hp.eval_seq_len)
-    expect_documents(model, validation.tokens, blocks)
+    blocks = expected(model, validation.tokens, window_plan(validation.tokens, hp, hp.eval_seq_len))
     untrained = fingerprint(model)
     warm_up(hp, model)
     audit.check("warm_up", fingerprint(model) == untrained, weights=untrained)
-    optimizer = Muon(model, hp)
+    optimizer, step, tokens = Muon(model, hp), 0, 0
     params = [p.detach() for p in model.parameters()]
     average = [p.clone() for p in params]  # exponential moving average, float32
-    step, tokens = 0, 0
     log.info(f"gptq:reserving {hp.gptq_reserve_seconds:g}s, effective={hp.train_seconds():g}s")
-    recent = collections.deque(maxlen=10)  # seconds of the last steps: the next must fit as well
+    recent = collections.deque(maxlen=10)  # seconds of the last steps: the next must fit
     start = time.perf_counter()  # moved forward by what does not count
     loader = TrainLoader(stream, hp)
     while True:
-        # of the slowest rank, or ranks would stop, and anneal, at different steps
+        step, tokens, start = between_steps(step, tokens, start, model, optimizer, average, loader)
+        # of the slowest rank, or ranks would stop at different steps
         times = torch.tensor([time.perf_counter() - start, max(recent, default=0.0)],
                              dtype=torch.double)
         seconds, longest = world.all_reduce(times, dist.ReduceOp.MAX).tolist()
@@ -1342,20 +1358,18 @@ def train(hp, model: GPT, stream: TokenStream, validation: Validation, audit: Au
             log.info(f"step:{step}/{hp.iterations} train_loss:{loss:.4f} {timing_of(step, now)}")
     if out_of_time:
         log.info(f"stopping_early: wallclock_cap {timing_of(step, seconds)} step:{step}")
-
     torch._foreach_copy_(params, average)
     model.set_progress(1.0)
     batches = [loader.next() for _ in range(hp.gptq_calibration_batches * hp.micro_steps())]
     tokens += hp.gptq_calibration_batches * hp.train_batch_tokens
-    loader.close()  # from here on there is no training data
+    loader.close()  # no training data from here on
     hessians = model.calibrate(batches)
     if world.on_cuda:
         torch.cuda.synchronize()
-        log.info(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
-                 f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB")
+        log.info(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB")
     total, last_read = time.perf_counter() - start, loader.last_read - start
     log.info(f"train+hessians:{1000 * total:.0f}ms last_read:{1000 * last_read:.0f}ms")
-    # a weight multiplied by one that starts at zero gets its first gradient in the second step
+    # behind a weight that starts at zero the first gradient comes in the second step
     never_reached = len(params) - optimizer.reached()
     audit.check("gradients", never_reached == 0 or step < 2, never_reached=never_reached)
     return hessians, dict(step_stop=step, raw_val_bpb=raw["val_bpb"], tokens_needed=tokens,
@@ -1367,75 +1381,71 @@ def train(hp, model: GPT, stream: TokenStream, validation: Validation, audit: Au
 SIZE_LIMIT = 16_000_000  # bytes, decimal: artifact and code
 SAMPLE_TOKENS = 16_384
 
-def check_inputs(audit: Audit, hp: Hyperparameters, validation: Validation, stream) -> None:
-    """Bytes are those of the decoded text, and training has all shards of the folder."""
+def check_bytes(audit, hp, validation) -> None:
+    """Of each document as of its text."""
     per_token = F.pad(validation.target_bytes, (1, 0)).cpu().numpy()  # of the first BOS: 0
-    wrong = np.add.reduceat(per_token, validation.starts) != validation.text_bytes
-    decoded, documents = int(validation.text_bytes.sum()), len(wrong)
-    other = documents == 50_000 and "fineweb" in hp.data_path and not validation.is_official
-    audit.check("bytes", not wrong.any() and decoded == validation.bytes and not other,
-                table=validation.bytes, decoded=decoded, wrong_documents=int(wrong.sum()))
-    if stream is not None:
-        files = sorted(Path(hp.data_path).glob("fineweb_train_[0-9]*.bin"))
-        tokens = sum(path.stat().st_size - HEADER_BYTES for path in files) // 2
-        audit.check("shards", tokens == len(stream), shards=len(stream.shards), tokens=len(stream))
+    counted, text = np.add.reduceat(per_token, validation.starts), validation.text_bytes
+    decoded, wrong = int(text.sum()), np.flatnonzero(counted != text)
+    first = [f"document {i}: {counted[i]} bytes by the table, {text[i]} decoded: it ends in half "
+             "a character, or pieces have spaces inside" for i in wrong[:1]]
+    other = len(text) == 50_000 and "fineweb" in hp.data_path and not validation.is_official
+    audit.check("bytes", not first and decoded == validation.bytes and not other, first=first,
+                table=validation.bytes, decoded=decoded, wrong_documents=len(wrong))
 
-def pack(hp, model: GPT, validation: Validation, hessians: dict) -> dict:
+def pack(hp, model, validation, hessians: dict) -> dict:
     """Writes the artifact. Returns pre_quant_val_bpb, of the weights before."""
     quantized = quantize(model, hessians)
-    if world.rank == 0:  # the quantization of other ranks may differ in the last bit
+    if world.rank == 0:  # other ranks' may differ in the last bit
         save_artifact(hp.artifact, model, hp, quantized)
     plan = window_plan(validation.tokens, hp, hp.eval_seq_len)
     ema = validate(model, validation, plan, "diagnostic pre-quantization post-ema")
     return dict(pre_quant_val_bpb=ema["val_bpb"])
 
-def evaluate(hp, model_class, validation: Validation, audit: Audit) -> dict:
-    """Scores the artifact as it lies on disk. Returns val_loss, val_bpb, eval_time_seconds."""
-    model, saved = load_artifact(hp.artifact, world.device, type(hp), model_class,
-                                 eval_seq_len=hp.eval_seq_len)  # what full attention sees
+def evaluate(hp, model_class, validation, audit) -> dict:
+    """Scores the artifact as it lies on disk. Returns figures."""
+    model, _ = load_artifact(hp.artifact, world.device, type(hp), model_class,
+                             eval_seq_len=hp.eval_seq_len)  # what full attention sees
     weights, tokens = fingerprint(model), validation.tokens
-    expect_documents(model, tokens, final_plan(tokens, hp))
+    plan = expected(model, tokens, final_plan(tokens, hp))
+    blocks = expected(model, tokens, window_plan(tokens, hp, hp.eval_seq_len))
     learner = model.learner(replace(hp, eval_seconds=0.0))
-    length = learner.warm_up_tokens() if learner else hp.eval_seq_len + 2
-    noise = torch.randint(hp.vocab_size, (length,), device=world.device)
-    noise[length * 3 // 4] = BOS_ID  # a document begins behind what SGD learns from
+    length = getattr(learner, "warm_up_tokens", hp.eval_seq_len + 2)
+    noise = torch.randint(BOS_ID + 1, hp.vocab_size, (length,), device=world.device)
+    noise[length * 3 // 4] = BOS_ID  # behind what SGD learns from
     how = learner.score if learner else functools.partial(score, model)
     how(noise, final_plan(noise, hp))  # compiles outside the clock
-    label = f"final_int{saved.matrix_bits}_"
-    plan = window_plan(tokens, hp, hp.eval_seq_len)
-    validate(model, validation, plan, label + "roundtrip")
+    label = f"final_int{hp.matrix_bits}_"
+    validate(model, validation, blocks, label + "roundtrip")
     label += "sliding_window" if hp.eval_mode == "sliding" else "stream"
     label += f"_ttt_{hp.ttt}" if hp.ttt else ""
-    plan, learner = final_plan(tokens, hp), model.learner(hp)
-    final = validate(model, validation, plan, label, learner)
+    final = validate(model, validation, plan, label, model.learner(hp))
     log.info(f"{label}_exact val_loss:{final['val_loss']:.8f} val_bpb:{final['val_bpb']:.8f}")
     write_scores(hp, model, validation, final["nats"])
-    targets = sum(path.stat().st_size - HEADER_BYTES for path in validation.paths) // 2 - 1
     count, after = final["count"], fingerprint(model)
-    audit.check("once", len(count) == targets and (count == 1).all(), targets=targets,
-                scored=count.sum().item())
+    audit.check("once", (count == 1).all(), targets=len(count), scored=count.sum().item())
     fresh = fingerprint(load_artifact(hp.artifact, world.device, type(hp), model_class)[0])
     audit.check("ledger", weights == after == fresh, artifact=weights, after_the_pass=after)
     return dict(val_bpb=final["val_bpb"], val_loss=final["val_loss"], scored_order=model.order,
                 eval_time_seconds=round(final["seconds"], 3))
 
-def write_scores(hp, model: GPT, validation: Validation, nats: Tensor) -> None:
+def write_scores(hp, model, validation, nats: Tensor) -> None:
     """SCORES, and a sample for tools/verify.py: documents as scored, and without learning."""
     ends = [*validation.starts[1:], len(validation.tokens)]
     n = int(max([end for end in ends if end <= SAMPLE_TOKENS], default=ends[0]))
     tokens = validation.tokens[:n]
     unlearned = score(model, tokens, final_plan(tokens, hp))[0] if hp.ttt else nats[: n - 1]
-    if world.rank == 0:
-        scores = dict(nats=nats.cpu().numpy(), bytes=validation.target_bytes.cpu().numpy(),
-                      position=np.arange(1, len(nats) + 1))
-        if hp.scores:
-            np.savez(hp.scores, **scores)
-        scores = {name: values[: n - 1] for name, values in scores.items()}
-        np.savez(Path(hp.artifact).with_suffix(".sample.npz"), **scores,
-                 unlearned=unlearned.cpu().numpy(), device=world.device.type)
+    scores = dict(nats=nats.cpu().numpy(), bytes=validation.target_bytes.cpu().numpy(),
+                  position=np.arange(1, len(nats) + 1))
+    sample = {name: values[: n - 1] for name, values in scores.items()}
+    sample |= dict(unlearned=unlearned.cpu().numpy(), device=world.device.type,
+                   artifact=digest(hp.artifact))
+    write_whole(f"{hp.artifact}.sample.npz", lambda file: np.savez(file, **sample))
+    if hp.scores:
+        write_whole(hp.scores, lambda file: np.savez(file, **scores))
 
-def check_limits(audit: Audit, hp: Hyperparameters, code: list[Path], figures: dict) -> dict:
-    """Bytes on disk and seconds. Returns the bytes."""
+def finish(hp, model_class, validation, code, audit, figures: dict) -> None:
+    """Scores the artifact and logs all figures. Raises: Refused if a check has failed."""
+    figures |= evaluate(hp, model_class, validation, audit)
     sizes = dict(bytes_code=sum(path.stat().st_size for path in code),
                  bytes_model=os.path.getsize(hp.artifact))
     sizes["bytes_total"] = total = sum(sizes.values())
@@ -1443,54 +1453,44 @@ def check_limits(audit: Audit, hp: Hyperparameters, code: list[Path], figures: d
     audit.check("size", total <= SIZE_LIMIT, **sizes, head_room=SIZE_LIMIT - total)
     used = dict(training_of=(figures.get("wallclock_seconds", 0), hp.max_wallclock_seconds),
                 evaluation_of=(figures["eval_time_seconds"], hp.eval_seconds))
-    in_time = all(seconds <= limit or limit == 0 for seconds, limit in used.values())
-    audit.check("time", in_time, **used)
-    return sizes
-
-def finish(hp, model_class, validation: Validation, code, audit: Audit, figures: dict) -> None:
-    """Scores the artifact and logs all figures. Raises: RuntimeError if a check has failed."""
-    figures |= evaluate(hp, model_class, validation, audit)
-    figures |= check_limits(audit, hp, code, figures)
-    device = torch.cuda.get_device_name() if world.on_cuda else "CPU"
+    audit.check("time", all(spent <= limit or not limit for spent, limit in used.values()), **used)
     run = {name: getattr(hp, name) for name in "run_id system preset layout seed data_path".split()}
-    run |= dict(hardware=f"{world.size}x{device}", pytorch_version=torch.__version__,
-                documents=len(validation.starts), bytes=validation.bytes,
-                official=validation.is_official)
-    log.info(f"figures: {json.dumps(run | figures | dict(checks=audit.checks))}")
+    run |= dict(hardware=f"{world.size}x{torch.cuda.get_device_name() if world.on_cuda else 'CPU'}",
+                pytorch_version=torch.__version__, documents=len(validation.starts),
+                bytes=validation.bytes, official=validation.is_official,
+                artifact_sha256=digest(hp.artifact))
+    log.info(f"figures: {json.dumps(run | figures | sizes | dict(checks=audit.checks))}")
     audit.verdict()
 
 def main(hp_class=Hyperparameters, model_class=GPT, validation_class=Validation) -> None:
-    """The whole run; systems/NAME.py calls it with classes of its own."""
-    audit, code, hp = Audit(), code_files(), hp_class.from_env(os.environ)
+    """systems/NAME.py calls it with classes of its own."""
+    audit, code, hp, figures = Audit(), code_files(), hp_class.from_env(os.environ), {}
     if world.on_cuda:
         torch.cuda.set_device(world.device)
     if world.size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if world.on_cuda else "gloo")
-    init_log(hp, code)
     torch.manual_seed(hp.seed)
-    stream, figures = None, {}
     if hp.eval_only:
-        saved = load_artifact(hp.artifact, "cpu", hp_class, model_class)[1]
+        model, saved = load_artifact(hp.artifact, world.device, hp_class, model_class)
         hp = hp_class.from_env(os.environ, artifact=replace(saved, run_id=hp.run_id))
     else:
         model = model_class(hp).to(world.device)
-        stream = TokenStream(hp.data_path, "train", hp.vocab_size)
-    validation = validation_class(hp)
-    for name, value in dict(system=hp.system, **asdict(hp)).items():
-        log.info(f"  {name}: {value}")
-    log.info(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={hp.tokenizer_path}")
+    _, (validation, stream), _held = each(lambda check: check(), (
+        lambda: hp.eval_only or hp.micro_steps(),
+        lambda: check_files(hp) or each(lambda read: read(), (
+            lambda: validation_class(hp),
+            lambda: None if hp.eval_only else TokenStream(hp.data_path, "train", hp.vocab_size))),
+        lambda: world.rank or claim_outputs(hp, model)), world.size)
+    each(functools.partial(init_log, hp), [code])
     log.info(f"val_loader:shards:{len(validation.paths)} tokens:{len(validation.target_bytes)} "
-             f"documents:{len(validation.starts)} bytes:{validation.bytes} "
-             f"official:{validation.is_official}")
-    check_inputs(audit, hp, validation, stream)
-    if stream is not None:
-        audit.verdict()  # before ten minutes are spent; what is only scored is scored first
+             f"bytes:{validation.bytes} documents:{len(validation.starts)}")
+    check_bytes(audit, hp, validation)
+    if stream:
+        audit.verdict()  # before ten minutes are spent
         log.info(f"model_params:{sum(p.numel() for p in model.parameters())}")
         hessians, figures = train(hp, model, stream, validation, audit)
-        if world.rank == 0:  # if packing fails, tools/repack.py goes on from here
-            torch.save(dict(system=hp.system, config=asdict(hp), hessians=hessians,
-                            weights=dict(model.named_parameters()), figures=figures,
-                            checks=audit.checks), f"{hp.artifact}.trained.pt")
+        save_state(f"{hp.artifact}.trained.pt", hp, model, hessians=hessians, figures=figures,
+                   checks=audit.checks)  # if packing fails, tools/repack.py goes on from here
         figures |= pack(hp, model, validation, hessians)
     finish(hp, model_class, validation, code, audit, figures)
     if world.size > 1:

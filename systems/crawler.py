@@ -28,7 +28,7 @@ class Hyperparameters(train_gpt.Hyperparameters):
     layout: str = "A2 (A G)x4 A2"  # a G has no MLP here
     mlp_mult: float = bounded(3.2, 1)
     gdn_heads: int = bounded(4, 1)
-    gdn_head_dim: int = bounded(128, 1)
+    gdn_head_dim: int = bounded(128, 2)
     qk_gain_init: float = 1.5
     matrix_lr: float = 0.03
     muon_momentum: float = bounded(0.99, 0, 1)
@@ -36,9 +36,9 @@ class Hyperparameters(train_gpt.Hyperparameters):
     gptq_reserve_seconds: float = 30.0
     ttt: str = ""
 
-    inst_dim: int = bounded(32, 1)  # rank of the instructions
+    inst_dim: int = bounded(32, 2)  # rank of the instructions
     ngram_vocab_size: int = bounded(2048, 2)  # rows of the hashed bigram and trigram table
-    ngram_dim: int = bounded(128, 1)
+    ngram_dim: int = bounded(128, 2)
     ema_start: float = bounded(0.9, 0, 1)  # progress from which weights are averaged
     loop_bits: int = bounded(8, 2, 8)  # of the matrices that loop
 

@@ -20,14 +20,14 @@ from train_gpt import bounded
 class Hyperparameters(train_gpt.Hyperparameters):
     system = "kv_share"
     layout: str = "G10"
-    model_dim: int = bounded(544, 1)
+    model_dim: int = bounded(544, 2)
     mlp_mult: float = bounded(3.0, 1)
     train_seq_len: int = bounded(1024, 1)
     eval_mode: str = "sliding"
     eval_seq_len: int = bounded(1024, 2)
 
     ngram_vocab_size: int = 3072  # rows of the hashed bigram and trigram table; 0 = off
-    ngram_dim: int = bounded(112, 1)
+    ngram_dim: int = bounded(112, 2)
 
     ttt: str = "sgd"  # see parts.SgdTTT; "" = nothing is learned
     ttt_lr: float = 0.005
@@ -40,7 +40,7 @@ class Hyperparameters(train_gpt.Hyperparameters):
     def validate(self) -> None:
         super().validate()
         specs, _ = train_gpt.parse_layout(self.layout, self.kinds)
-        only_deltas = [spec.kind for spec in specs] == ["G"] * len(specs)
+        only_deltas = {kind for kind, _ in specs} == {"G"}
         self.require("layout", only_deltas and len(specs) % 2 == 0, "an even number of blocks G")
         self.require("ngram_vocab_size", self.ngram_vocab_size != 1, "0 or more than 1")
 

@@ -1,19 +1,19 @@
 """What several systems have that the record lacks; counted with each that imports it."""
 
+import copy
 import itertools
 import math
 import re
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt  # noqa: E402  (the path comes first)
-from train_gpt import EMBED, MATRIX, SCALAR, ZEROS, shift, world  # noqa: E402
+from train_gpt import EMBED, MATRIX, SCALAR, ZEROS, Refused, shift, world  # noqa: E402
 
 
 class UNet(train_gpt.GPT):
@@ -88,14 +88,20 @@ class NgramGPT(train_gpt.GPT):
         return hessians
 
 
-class SgdTTT(train_gpt.TestTimeTraining):
-    """Whenever another TTT_CHUNK_TOKENS targets are scored: TTT_EPOCHS steps of SGD on them, with
-    momentum, clipping, and a learning rate that falls as a cosine over the text (#1734)."""
+class SgdTTT(train_gpt.LoraTTT):
+    """No adapters: whenever another TTT_CHUNK_TOKENS targets are scored, TTT_EPOCHS steps of SGD on
+    them, with momentum, clipping, and a learning rate that falls as a cosine over the text (#1734).
+    Afterwards the weights are as they were."""
 
     learned = 0  # targets
+    # of a text that makes it learn once
+    warm_up_tokens = property(lambda self: 2 * self.hp.ttt_chunk_tokens + 2)
 
-    def warm_up_tokens(self) -> int:
-        return 2 * self.hp.ttt_chunk_tokens + 2
+    def score(self, tokens: Tensor, plan: train_gpt.Plan) -> tuple[Tensor, Tensor]:
+        saved = copy.deepcopy(self.model.state_dict())
+        result = super().score(tokens, plan)
+        self.model.load_state_dict(saved)
+        return result
 
     def segment_targets(self, n: int) -> int:
         """Targets of a segment, of n in all: it is scored whole, then learned from."""
@@ -170,26 +176,25 @@ def decode_case(text: str) -> str:
 
 
 class CaseOpsValidation(train_gpt.Validation):
-    """Text whose case is written as operators, if the tokenizer has them. The bytes counted are
-    those of the original; fineweb_val_bytes_*.bin has them for each token."""
+    """Text with case written as operators, if the tokenizer has them. The bytes are those of the
+    original; fineweb_val_bytes_*.bin has them for each token."""
 
     def count_bytes(self, hp, sp) -> None:
-        """Raises: ValueError naming the folder or file if these are missing, not expected, or of
-        another length."""
         files = sorted(Path(hp.data_path).glob("fineweb_val_bytes_*.bin"))
         if bool(files) != (sp.id_to_piece(4) == "\ue001"):
-            raise ValueError(
+            raise Refused(
                 f"DATA_PATH={hp.data_path}: {len(files)} files fineweb_val_bytes_*.bin, "
                 "expected some if and only if the tokenizer has the operators of CaseOps"
             )
+        self.cased = bool(files)
         if not files:
             super().count_bytes(hp, sp)
             return
         train_gpt.build_sentencepiece_luts(sp, hp.vocab_size, "cpu")  # for what it refuses
-        original = torch.cat([train_gpt.load_data_shard(path).int() for path in files])
-        if len(original) != len(self.tokens):
-            raise ValueError(f"{files[0]}: {len(original)} entries, {len(self.tokens)} tokens")
-        self.target_bytes = original[1:].to(world.device)
-        documents = np.split(self.tokens.cpu().numpy(), self.starts)[1:]
-        texts = sp.decode([document.tolist() for document in documents])
-        self.text_bytes = np.array([len(decode_case(text).encode()) for text in texts])
+        sizes = torch.cat([train_gpt.load_data_shard(path).int() for path in files])
+        if len(sizes) != len(self.tokens):
+            raise Refused(f"{files[0]}: {len(sizes)} entries, {len(self.tokens)} tokens")
+        self.target_bytes = sizes[1:].to(world.device)
+
+    def original(self, text: str) -> str:
+        return decode_case(text) if self.cased else text

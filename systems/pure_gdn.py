@@ -35,7 +35,7 @@ class Hyperparameters(train_gpt.Hyperparameters):
     train_seq_len: int = bounded(1024, 1)
     grad_accum_steps: int = 3
     layout: str = "G7 S"
-    model_dim: int = bounded(384, 1)
+    model_dim: int = bounded(384, 2)
     mlp_mult: float = bounded(4.0, 1)
     gdn_heads: int = bounded(6, 1)
     num_heads: int = bounded(6, 1)

@@ -90,12 +90,11 @@ class LaneBlock(train_gpt.Block):
         return (first, second), cache
 
 
-class PhasedTTT(train_gpt.LoraTTT, parts.SgdTTT):
+class PhasedTTT(parts.SgdTTT):
     """Adapters for every document; and TTT_PHASES times, evenly over the text, SGD on everything
     scored so far."""
 
-    read = parts.SgdTTT.read  # of segments, each of which is read with adapters
-    read_segment = train_gpt.LoraTTT.read
+    read_segment = train_gpt.LoraTTT.read  # with adapters
 
     def segment_targets(self, n: int) -> int:
         return math.ceil(n / (self.hp.ttt_phases + 1))

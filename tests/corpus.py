@@ -6,11 +6,13 @@ description, independently of train_gpt.py and data/prepare.py.
 
 import argparse
 import functools
+import hashlib
 import inspect
 import io
 import json
 import logging
 import struct
+from pathlib import Path
 
 import numpy as np
 import sentencepiece as spm
@@ -58,13 +60,16 @@ def prose() -> tuple[str, ...]:
 
 
 @functools.cache
-def tokenizer_model(vocab_size: int = 384, multilingual: bool = False, **options) -> bytes:
+def tokenizer_model(
+    vocab_size: int = 384, multilingual: bool = False, every: int = 1, **options
+) -> bytes:
     """A SentencePiece model trained on `prose` with the competition's settings; options: its own.
 
     multilingual: on DOCUMENTS too, so often that letters of two to four bytes become pieces.
+    every: 2 = on every second document, and so on.
     """
     model = io.BytesIO()
-    texts = prose() + 50 * tuple(DOCUMENTS.values()) * multilingual
+    texts = prose()[::every] + 50 * tuple(DOCUMENTS.values()) * multilingual
     settings = dict(
         model_type="bpe",
         vocab_size=vocab_size,
@@ -138,6 +143,21 @@ def write_shard(path, tokens, header=(20240520, 1, None), fill: int = 0) -> None
     words = np.full(256, fill, dtype="<i4")
     words[:3] = [len(tokens) if word is None else word for word in header]
     path.write_bytes(words.tobytes() + np.asarray(tokens).astype("<u2").tobytes())
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def described(data: Path, **changes) -> Path:
+    """The folder with a stats.json that says what is in it."""
+    files = {
+        path.name: {"tokens": (path.stat().st_size - 1024) // 2, "sha256": sha256(path)}
+        for path in data.glob("fineweb_*.bin")
+    }
+    stats = {"tokenizer_sha256": sha256(data / "tokenizer.model"), "files": files}
+    (data / "stats.json").write_text(json.dumps(stats | changes))
+    return data
 
 
 def write_corpus(folder, train_tokens: int = 6000, val_tokens: int = 1200) -> dict:

@@ -138,7 +138,7 @@ class Run:
         known = SETTINGS | LAYOUTS[p.script.stem]
         self.settings = known | (corpus or small)(folder / "data") | settings
         self.stderr = start(p, folder, **self.settings)
-        if self.stderr and not self.stderr.startswith("RuntimeError: audit failed: "):
+        if self.stderr and not self.stderr.startswith("Refused: audit failed: "):
             raise Stopped(self.stderr)
         self.log = (folder / "logs" / "run.txt").read_text("utf-8").rpartition("=" * 100)[2]
         found = re.findall(r"^audit: (\w+) (passed|FAILED) (.*)$", self.log, re.M)
@@ -320,6 +320,7 @@ def transformed_without_bytes(folder: Path) -> dict:
     told = transformed(folder)
     for path in told["data_path"].glob("fineweb_val_bytes_*.bin"):
         path.unlink()
+    (told["data_path"] / "stats.json").unlink()  # which would miss them
     return told
 
 
@@ -431,6 +432,7 @@ def as_rank(p: Program, rank: int) -> list:
     p.core.dist = SimpleNamespace(
         ReduceOp=ops,
         all_gather_into_tensor=lambda out, x: out.copy_(torch.cat((x, x))),
+        all_gather_object=lambda out, x: out.__setitem__(slice(None), [x] * len(out)),
         barrier=lambda: calls.append("barrier"),
         init_process_group=lambda backend: calls.append("join"),
         destroy_process_group=lambda: calls.append("leave"),

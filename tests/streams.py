@@ -132,8 +132,12 @@ def in_lockstep(monkeypatch, size: int, run) -> list:
             errors[rank] = error
         back.release()
 
+    def all_gather_object(told, own):  # what is wrong, which nothing is here
+        told[:] = [own] * len(told)
+
     monkeypatch.setattr(world, "size", size)
     monkeypatch.setattr(world, "all_reduce", all_reduce)
+    monkeypatch.setattr(dist, "all_gather_object", all_gather_object)
     threads = [threading.Thread(target=rank_main, args=(i,), daemon=True) for i in range(size)]
     for thread in threads:
         thread.start()

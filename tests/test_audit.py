@@ -1,5 +1,6 @@
 """What a run says of itself: its checks, its last line, the sample it leaves; and when it fails."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -19,7 +20,7 @@ from corpus import BOS, load, prose, tokenizer_model, write_corpus, write_shard
 import train_gpt
 
 AT_START = ["bytes"]
-OF_TRAINING = ["shards", "warm_up", "gradients"]
+OF_TRAINING = ["warm_up", "gradients"]
 AT_END = ["once", "ledger", "size", "time"]
 
 
@@ -31,8 +32,11 @@ def run_main(system=train_gpt, **settings) -> SimpleNamespace:
     with mock.patch.dict(os.environ, env):
         try:
             train_gpt.main(system.Hyperparameters, system.GPT)
-        except RuntimeError as found:
-            error = str(found)
+        except train_gpt.Refused as found:
+            failed = re.findall(r"^audit failed: (\w+) \{", str(found), re.M)
+            if not failed:
+                raise
+            error = f"audit failed: {', '.join(failed)}"
         finally:
             train_gpt.log.handlers.clear()
     log = Path("logs/run.txt").read_text().rpartition("=" * 100 + "\n")[2]
@@ -88,6 +92,7 @@ def test_the_last_line_is_json_with_all_figures(run):
         documents=int((text == BOS).sum()),
         bytes=figures["checks"]["bytes"]["decoded"],
         official=False,
+        artifact_sha256=hashlib.sha256(Path("model.ptz").read_bytes()).hexdigest(),
         step_stop=10,
         trained_order=[0, 1],
         scored_order=[0, 1],
@@ -170,7 +175,9 @@ def test_one_failure_is_enough_and_every_failure_is_named():
     audit.check("second", False, figure=1)
     audit.check("third", True)
     audit.check("fourth", np.bool_(False))
-    with pytest.raises(RuntimeError, match="^audit failed: second, fourth$"):
+    with pytest.raises(
+        train_gpt.Refused, match=r"^audit failed: second .*1\}\naudit failed: fourth"
+    ):
         audit.verdict()
     assert audit.checks["second"]["figure"] == 1
     assert [audit.checks[name]["passed"] for name in audit.checks] == [True, False, True, False]
@@ -361,8 +368,9 @@ def test_the_sample_is_the_first_whole_documents_learned_and_not(
     system, how, learns = MODES[mode]
     settings = long_text | how
     assert run_main(system, **settings, scores="scores.npz", artifact="a/b.int6.ptz").error is None
-    scores, sample = arrays("scores.npz"), arrays("a/b.int6.sample.npz")
-    assert set(sample) == {"nats", "unlearned", "bytes", "position", "device"}
+    scores, sample = arrays("scores.npz"), arrays("a/b.int6.ptz.sample.npz")
+    assert set(sample) == {"nats", "unlearned", "bytes", "position", "device", "artifact"}
+    assert sample["artifact"] == hashlib.sha256(Path("a/b.int6.ptz").read_bytes()).hexdigest()
     end = sample_end(text_of(settings))
     assert 16_000 < end <= 16_384 < len(text_of(settings))
     for name, kind in ("nats", "f8"), ("unlearned", "f8"), ("bytes", "i"), ("position", "i"):
@@ -408,8 +416,9 @@ def test_the_sample_ends_with_a_document(tmp_path, monkeypatch, tiny, sizes, exp
         starts=np.flatnonzero(tokens.numpy() == BOS),
         target_bytes=torch.ones(len(nats), dtype=torch.int32),
     )
+    Path("model.ptz").touch()
     train_gpt.write_scores(hp, None, validation, nats)
-    sample = arrays("model.sample.npz")
+    sample = arrays("model.ptz.sample.npz")
     assert np.array_equal(sample["nats"], nats.numpy()[: expected - 1])
 
 
@@ -417,10 +426,10 @@ def test_the_sample_is_written_by_every_run(run):
     """And only the score file has to be asked for."""
     how = dict(eval_mode="stream", ttt="lora")
     run(**how)
-    first = arrays("model.sample.npz")
-    Path("model.sample.npz").unlink()
+    first = arrays("model.ptz.sample.npz")
+    Path("model.ptz.sample.npz").unlink()
     run(eval_only=1, **how)
-    again = arrays("model.sample.npz")
+    again = arrays("model.ptz.sample.npz")
     assert all(np.array_equal(first[name], again[name]) for name in first)
-    assert sorted(path.suffix for path in Path().glob("*.*")) == [".npz", ".pt", ".ptz"]
+    assert sorted(path.suffix for path in Path().glob("[!.]*.*")) == [".npz", ".pt", ".ptz"]
     assert {f.name for f in fields(train_gpt.Hyperparameters)} >= {"scores", "artifact"}

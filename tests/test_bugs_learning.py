@@ -73,9 +73,8 @@ BUGS = [
         "audit: ledger",
         [
             (
-                "    learned = 0  # targets\n",
-                "    learned, start = 0, 0.0\n\n    def score(self, tokens, plan):\n"
-                "        return self.read(tokens, plan)\n",
+                "return parts.SgdTTT(self, hp)",
+                'return type("Own", (parts.SgdTTT,), {"score": train_gpt.LoraTTT.score})(self, hp)',
             )
         ],
         settings=SGD,

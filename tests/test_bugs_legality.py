@@ -95,7 +95,7 @@ def the_submission_says_on_what_it_ran(p: Program) -> None:
 def a_failed_check_leaves_no_submission(p: Program) -> None:
     p.core.SIZE_LIMIT = 1000
     run = Run(p, p.folder / "run")
-    assert run.stderr == "RuntimeError: audit failed: size"
+    assert run.stderr.startswith("Refused: audit failed: size")
     assert submission_of(p, run) is None
 
 
@@ -155,7 +155,7 @@ def nothing_comes_from_the_network(p: Program) -> None:
 
 LOADED = "eval_seq_len=hp.eval_seq_len)  # what full attention sees\n"
 RETURN_MODEL = "    return model.to(device), hp\n"
-FINAL = "    final = validate(model, validation, plan, label, learner)\n"
+FINAL = "    final = validate(model, validation, plan, label, model.learner(hp))\n"
 AFTER = '    count, after = final["count"], fingerprint(model)\n'
 MODEL = "class GPT(nn.Module):\n"
 NATS = "            out = nats.view_as(targets)\n"
@@ -173,7 +173,7 @@ SEES_ITS_TARGET = f"""\
         own, target = x[:, {{0}}:{{1}}], x[:, {{1}}:{{2}}]
         x = x0 = torch.cat((x[:, :{{0}}], own + target, x[:, {{1}}:]), 1)"""
 MAIN = "def main(hp_class=Hyperparameters, model_class=GPT, validation_class=Validation) -> None:\n"
-REPLACED = '    os.replace(f"{path}.tmp", path)\n'
+REPLACED = "    write_whole(path, lambda file: file.write(whole))\n"
 WARM_UP_IDS = "    x, y = torch.randint(BOS_ID + 1, hp.vocab_size, shape, device=world.device)"
 WARM_UP_ON_VALIDATION = (
     WARM_UP_IDS,
@@ -367,7 +367,7 @@ BUGS = [
     Bug("L17", "verify: future", [(NATS, FITTED)]),
     Bug(
         "L18",
-        "error: fineweb_val_bytes_000000.bin: found where .* was expected",
+        "error: no file fineweb_val_000001.bin",
         [
             (
                 'Path(data_path).glob(f"fineweb_{split}_[0-9]*',
@@ -400,9 +400,14 @@ BUGS = [
     Bug(
         "L23",
         "verify: claims",
-        [('hardware=f"{world.size}x{device}"', 'hardware="8xNVIDIA H100 80GB HBM3"')],
+        [
+            (
+                "{world.size}x{torch.cuda.get_device_name() if world.on_cuda else 'CPU'}",
+                "8xNVIDIA H100 80GB HBM3",
+            )
+        ],
     ),
-    Bug("L23b", the_submission_says_on_what_it_ran, [("{world.size}x{device}", "8x{device}")]),
+    Bug("L23b", the_submission_says_on_what_it_ran, [("{world.size}x{torch", "8x{torch")]),
     # cheats that an earlier audit passed
     Bug(
         "L26a",
@@ -440,9 +445,8 @@ BUGS = [
         "verify: claimed_sample",
         [
             (
-                "        np.savez(Path(hp.artifact).with",
-                '        scores["nats"] = 0.99 * scores["nats"]\n'
-                "        np.savez(Path(hp.artifact).with",
+                "    if hp.scores:\n",
+                '    scores["nats"] = 0.99 * scores["nats"]\n    if hp.scores:\n',
             )
         ],
     ),

@@ -183,10 +183,10 @@ def the_log_and_the_artifact_say_what_runs(p: Program) -> None:
 # --------------------------------------------------------------------------------------------------
 # Bugs
 
-HESSIAN = "gptq_quantize(W, hessians[name], "
-OR_NONE = "gptq_quantize(W, hessians.get(name, torch.eye(W.shape[1])), "
+HESSIAN = "if hessians is None else hessians[name]\n"
+OR_NONE = "if hessians is None else hessians.get(name, torch.eye(W.shape[1]))\n"
 OF_MATRICES = "for name, p in model.named_parameters() if model.kinds[name] != SCALAR}"
-QUANTIZE = "for name, W in model.named_parameters() if model.kinds[name] != SCALAR}"
+QUANTIZE = "for name, W in model.named_parameters():"
 QUANTIZED = "    quantized = quantize(model, hessians)\n"
 LOADED = "eval_seq_len=hp.eval_seq_len)  # what full attention sees\n"
 RETURN_MODEL = "    return model.to(device), hp\n"
@@ -251,7 +251,11 @@ BUGS = [
         "T12c",
         gptq_helps_on_correlated_inputs,
         [
-            ("    Hinv = torch.linalg.cholesky(Hinv, upper=True)\n", ""),
+            (
+                "torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), "
+                "upper=True)",
+                "torch.cholesky_inverse(torch.linalg.cholesky(H))",
+            ),
             ("H.diagonal().argsort(descending=True)", "H.diagonal().argsort()"),
         ],
     ),
@@ -355,8 +359,8 @@ BUGS = [
     ),
     Bug(
         "L13a",
-        "error: no artifact, or damaged: .* bytes",
-        [(".digest() + data)", f".digest() + data + {VAL})")],
+        "error: damaged, or no artifact: .* bytes",
+        [(".digest() + data\n", f".digest() + data + {VAL}\n")],
     ),
     Bug(
         "L13b",

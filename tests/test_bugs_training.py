@@ -1,5 +1,7 @@
 """Bugs of training: the clock and what it counts, schedules, the optimizer, several ranks."""
 
+import contextlib
+
 import torch
 from museum import (
     SETTINGS,
@@ -192,13 +194,13 @@ def every_file_has_one_writer(p: Program) -> None:
         states.append({path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in paths})
     assert states[0] == states[1]
     written = {path.name for path in states[0]}
-    assert {"model.ptz", "model.sample.npz", "scores.npz", "run.txt"} <= written
+    assert {"model.ptz", "model.ptz.sample.npz", "scores.npz", "run.txt"} <= written
 
 
 def folders_are_there_before_training(p: Program) -> None:
     files = dict(artifact=f"{p.folder}/new/model.ptz", scores=f"{p.folder}/newer/scores.npz")
-    p.core.init_log(p.core.Hyperparameters(run_id=f"{p.folder}/run", **files), [p.script])
-    p.core.log.handlers.clear()
+    with contextlib.suppress(OSError):
+        p.core.claim_outputs(p.core.Hyperparameters(**files), torch.nn.Linear(1, 1))
     assert (p.folder / "new").is_dir() and (p.folder / "newer").is_dir()
 
 
@@ -368,15 +370,20 @@ BUGS = [
         every_file_has_one_writer,
         [
             (
-                "    if world.rank == 0:\n        scores = dict(",
-                "    if True:\n        scores = dict(",
+                '    if world.rank == 0:\n        with open(f"{path}.tmp"',
+                '    if True:\n        with open(f"{path}.tmp"',
             )
         ],
     ),
     Bug(
         "T14d",
         folders_are_there_before_training,
-        [("for file in path, hp.artifact, hp.scores:", "for file in [path]:")],
+        [
+            (
+                "        path.parent.mkdir(parents=True, exist_ok=True)\n        magic",
+                "        magic",
+            )
+        ],
     ),
     Bug(
         "T23",

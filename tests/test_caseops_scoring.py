@@ -65,7 +65,7 @@ def original_texts(hp) -> list[bytes]:
 def checked(hp) -> dict:
     """The check of the bytes, as a run makes it."""
     audit, validation = train_gpt.Audit(), parts.CaseOpsValidation(hp)
-    train_gpt.check_inputs(audit, hp, validation, None)
+    train_gpt.check_bytes(audit, hp, validation)
     return audit.checks["bytes"]
 
 
@@ -172,10 +172,10 @@ def test_a_sidecar_beside_plain_text_is_refused(plain, validation):
 
 def test_the_record_refuses_transformed_text(cased):
     """Its byte table would count the operators, three bytes each."""
-    with pytest.raises(ValueError, match=f"DATA_PATH={cased.data_path}: text of CaseOps"):
+    with pytest.raises(ValueError, match=f"DATA_PATH={cased.data_path}: CaseOps, only read by"):
         train_gpt.Validation(cased)
     without_sidecar(Path(cased.data_path))
-    with pytest.raises(ValueError, match=f"DATA_PATH={cased.data_path}: text of CaseOps"):
+    with pytest.raises(ValueError, match=f"DATA_PATH={cased.data_path}: CaseOps, only read by"):
         train_gpt.Validation(cased)
 
 

@@ -142,9 +142,9 @@ def test_two_ranks_find_each_other(tmp_path):
 def test_a_broken_shard(machine, tmp_path):
     path = tmp_path / "data" / "fineweb_train_000001.bin"
     path.write_bytes(path.read_bytes()[:-100])
-    result = machine([*DATA, "tokenizer"])
+    result = machine([*DATA, "files"])
     fails(result, "training shards", "fineweb_train_000001.bin", "expected", "data/prepare.py")
-    assert result.rows["validation"].startswith("- ")
+    assert result.rows["validation"].startswith("ok ")
 
 
 def test_ids_beyond_the_vocabulary(machine):
@@ -168,8 +168,8 @@ def test_another_tokenizer_of_the_same_size(machine, tmp_path):
     texts = {i: sp.id_to_piece(i) for i in range(4, sp.vocab_size()) if not sp.is_byte(i)}
     swapped = {i: (text, NORMAL) for i, text in zip(texts, [*texts.values()][::-1], strict=True)}
     (tmp_path / "other.model").write_bytes(edit_pieces(model, swapped))
-    result = machine([*DATA, "tokenizer"], tokenizer_path=str(tmp_path / "other.model"))
-    fails(result, "tokenizer", "1 of 4 documents", "other.model did not make")
+    result = machine([*DATA, "files"], tokenizer_path=str(tmp_path / "other.model"))
+    fails(result, "validation", "other.model: encodes 3 of 4 documents")
 
 
 def test_a_driver_that_is_too_old(machine, monkeypatch):
@@ -266,9 +266,9 @@ def test_what_fails_elsewhere_leaves_a_line_and_the_others(machine, monkeypatch)
     def broken(job):
         raise KeyError("the cause")
 
-    monkeypatch.setitem(check.PARTS, "tokenizer", broken)
-    result = machine([*DATA, "tokenizer", "delta rule"])
-    fails(result, "tokenizer", "KeyError", "the cause")
+    monkeypatch.setitem(check.PARTS, "files", broken)
+    result = machine([*DATA, "files", "delta rule"])
+    fails(result, "files", "KeyError", "the cause")
     assert result.rows["delta rule"].startswith("ok ")
 
 

@@ -15,7 +15,6 @@ from train_gpt import (
     collect_hessians,
     gptq_quantize,
     quantize,
-    round_to_nearest,
 )
 
 FLOAT32 = 2.0**-24  # relative error of one rounding
@@ -38,6 +37,13 @@ def in_units(W, scale):
 def nearest(W, scale, bits):
     qmax = 2 ** (bits - 1) - 1
     return in_units(W, scale).round().clamp(-qmax, qmax)
+
+
+def rounded(W, bits, sigmas):
+    """Each value as the nearest multiple of the scale of its row."""
+    qmax = 2 ** (bits - 1) - 1
+    scale = (sigmas * W.std(dim=1) / qmax).clamp_min(2**-24).half()
+    return (W / scale.float()[:, None]).round().clamp(-qmax, qmax).to(torch.int8), scale
 
 
 def output_error(X, W, q, scale):
@@ -67,7 +73,7 @@ def test_rounding_to_nearest_is_the_nearest_multiple_of_the_scale(bits, sigmas):
     that one."""
     _, W = correlated(1, 200)
     W[3] = 0
-    q, scale = round_to_nearest(W, bits, sigmas)
+    q, scale = gptq_quantize(W, torch.eye(200), bits, sigmas)
     assert q.dtype == torch.int8 and scale.dtype == torch.float16 and (q[3] == 0).all()
     units, qmax = in_units(W, scale), 2 ** (bits - 1) - 1
     assert ((units.clamp(-qmax, qmax) - q).abs() <= 0.5 + FLOAT32 * units.abs()).all()
@@ -84,7 +90,7 @@ def test_rounding_to_nearest_is_gptq_with_the_identity_as_hessian(rows, cols, bi
     W[rng.random(rows) < 0.1] = 0.25
     W, sigmas = torch.from_numpy(W).float(), float(rng.uniform(1.0, 20.0))
     ours, theirs = (
-        round_to_nearest(W, bits, sigmas),
+        rounded(W, bits, sigmas),
         gptq_quantize(W, torch.eye(cols), bits, sigmas),
     )
     assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
@@ -96,7 +102,7 @@ def test_gptq_rounds_to_nearest_where_inputs_are_uncorrelated(kind, bits):
     _, W = correlated(1, 200)
     H = torch.eye(200) * 3 if kind == "identity" else torch.diag(torch.rand(200) + 0.01)
     q, scale = gptq_quantize(W, H, bits, 5.0)
-    plain, plain_scale = round_to_nearest(W, bits, 5.0)
+    plain, plain_scale = rounded(W, bits, 5.0)
     assert torch.equal(q, plain) and torch.equal(scale, plain_scale)
 
 
@@ -146,7 +152,6 @@ def test_gptq_changes_neither_weights_nor_hessian():
     H = X.T @ X
     copies = W.clone(), H.clone()
     gptq_quantize(W, H, 6, 6.0)
-    round_to_nearest(W, 6, 6.0)
     assert torch.equal(W, copies[0]) and torch.equal(H, copies[1])
 
 
@@ -257,7 +262,7 @@ def test_without_hessians_every_tensor_is_rounded_to_nearest(tiny, lively):
     quantized, params = quantize(model), dict(model.named_parameters())
     for name, (q, scale) in quantized.items():
         bits, sigmas = model.precision(name)
-        expected, expected_scale = round_to_nearest(params[name].detach(), bits, sigmas)
+        expected, expected_scale = rounded(params[name].detach(), bits, sigmas)
         assert torch.equal(q, expected) and torch.equal(scale, expected_scale), name
     bits = {name: model.precision(name)[0] for name in quantized}
     assert {bits.pop("tok_emb.weight")} == {4} and set(bits.values()) == {5}

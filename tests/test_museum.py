@@ -17,11 +17,12 @@ IMPOSSIBLE = {
 
 def test_a_run_without_a_bug_passes_every_check():
     checks = sound("train_gpt", None, as_it_is, ()).checks
-    assert len(checks) == 8 and all(check["passed"] for check in checks.values())
+    assert len(checks) == 7 and all(check["passed"] for check in checks.values())
 
 
 def test_the_table_lists_every_bug_and_its_catcher():
-    lines = (ROOT / "tests" / "README.md").read_text("utf-8").splitlines()
+    museum, *_ = (ROOT / "tests" / "README.md").read_text("utf-8").split("\n# ")
+    lines = museum.splitlines()
     rows = [line.strip("|").split(" | ") for line in lines if line.startswith("|")][2:]
     rows = [[cell.strip() for cell in row] for row in rows]
     assert all(len(row) == 5 and all(row) for row in rows)

@@ -394,11 +394,11 @@ def test_a_wrong_byte_table_is_noticed(tmp_path, tiny, monkeypatch, wrong):
     """By decoding every document."""
     hp, right = tiny(**write_corpus(tmp_path)), train_gpt.build_sentencepiece_luts
     audit = train_gpt.Audit()
-    train_gpt.check_inputs(audit, hp, Validation(hp), None)
+    train_gpt.check_bytes(audit, hp, Validation(hp))
     assert audit.checks["bytes"]["passed"]
     tables = WRONG_TABLES[wrong]
     monkeypatch.setattr(train_gpt, "build_sentencepiece_luts", lambda *args: tables(*right(*args)))
-    train_gpt.check_inputs(audit, hp, Validation(hp), None)
+    train_gpt.check_bytes(audit, hp, Validation(hp))
     assert not audit.checks["bytes"]["passed"] and audit.checks["bytes"]["wrong_documents"] > 0
 
 
@@ -426,8 +426,13 @@ def test_only_the_official_split_is_official(tmp_path, tiny, monkeypatch):
 
 @pytest.mark.parametrize(
     "ids, error",
-    [([BOS], "2"), ([BOS, 5000, 6], "5000"), ([5, 6, 7], "BOS")],
-    ids=["one_token", "outside_vocabulary", "no_document"],
+    [
+        ([BOS], "with text"),
+        ([BOS, BOS, 0], "with text"),
+        ([BOS, 5000, 6], "5000"),
+        ([5, 6, 7], "BOS"),
+    ],
+    ids=["one_token", "no_text", "outside_vocabulary", "no_document"],
 )
 def test_a_validation_split_that_cannot_be_scored_is_refused(tmp_path, tiny, ids, error):
     hp = tiny(**write_corpus(tmp_path))

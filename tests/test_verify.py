@@ -324,7 +324,7 @@ def test_a_changed_score_file_is_named(runs, check, at_rest, tmp_path, change, f
 )
 def test_a_changed_sample_is_named(runs, check, tmp_path, change, failed):
     folder = runs("stream")
-    sample = dict(np.load(folder / "model.sample.npz"))
+    sample = dict(np.load(folder / "model.ptz.sample.npz"))
     np.savez(tmp_path / "changed.npz", **change(sample))
     result = check(folder, "--probes", "--sample", tmp_path / "changed.npz")
     assert result.failed == failed, result.text

@@ -1,7 +1,6 @@
 """tools/verify.py: what a user can give it that is not what it should be. Each is one line that
 names the file and says what was found; nothing is run on data that do not belong together."""
 
-import hashlib
 import json
 import os
 import re
@@ -19,10 +18,12 @@ import torch
 from corpus import (
     BOS,
     NORMAL,
+    described,
     document_ids,
     edit_pieces,
     load,
     prose,
+    sha256,
     tokenizer_model,
     write_shard,
 )
@@ -37,21 +38,6 @@ from test_verify import (  # noqa: F401  (fixtures)
 
 # the caller's fixtures have the names of their parameters
 # ruff: noqa: F811
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def described(data: Path, **changes) -> Path:
-    """The folder with a stats.json that says what is in it."""
-    files = {
-        path.name: {"tokens": (path.stat().st_size - 1024) // 2, "sha256": sha256(path)}
-        for path in data.glob("fineweb_*.bin")
-    }
-    stats = {"tokenizer_sha256": sha256(data / "tokenizer.model"), "files": files}
-    (data / "stats.json").write_text(json.dumps(stats | changes))
-    return data
 
 
 @pytest.fixture
@@ -327,7 +313,7 @@ def test_the_artifact_is_the_one_that_the_log_scored(folder, check, at_rest):
 
 def test_scores_of_another_artifact_are_compared_with_nothing(folder, check, at_rest):
     """A run that was killed between its artifact and its sample; and one of the same artifact."""
-    for name in "model.sample.npz", "scores.npz":
+    for name in "model.ptz.sample.npz", "scores.npz":
         for artifact in sha256(folder / "model.ptz"), "0" * 64:
             scores = dict(np.load(folder / name)) | dict(artifact=artifact)
             np.savez(folder / name, **scores)
@@ -452,7 +438,7 @@ UNUSABLE = {
         "stats.json: not what data/prepare.py writes: files: fineweb_val_000000.bin is 3",
     ),
     "files a list": (made_of(DATA, '{"files": [1]}'), "stats.json: not what data/prepare.py"),
-    "sample cut": (damaged("model.sample.npz"), "model.sample.npz: not a score file"),
+    "sample cut": (damaged("model.ptz.sample.npz"), "model.ptz.sample.npz: not a score file"),
     "scores an array": (an_array, "scores.npy: not a score file"),
     "scores text": (
         scores_of(nats=np.array(["a"] * 1499)),

@@ -33,7 +33,6 @@ from types import SimpleNamespace
 
 import brotli
 import numpy as np
-import sentencepiece as spm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -303,10 +302,10 @@ def training_shards(job) -> Row:
 
 
 def validation_text(job) -> Row:
-    """As the run reads it, and by the run's own checks of its bytes and of the shards."""
+    """As the run reads it, and by the run's own check of its bytes."""
     job.seconds["validation"] = seconds_of(functools.partial(read_validation, job))
     audit = t.Audit()
-    t.check_inputs(audit, job.hp, job.validation, job.stream)
+    t.check_bytes(audit, job.hp, job.validation)
     failed = [name for name, check in audit.checks.items() if not check["passed"]]
     v = job.validation
     official = "official" if v.is_official else "not the official split"
@@ -320,16 +319,13 @@ def read_validation(job) -> None:
     job.validation = getattr(job.module, "Validation", t.Validation)(job.hp)
 
 
-def tokenizer(job) -> Row:
-    """The right one makes the same tokens again of nearly every document it decodes."""
-    sp = spm.SentencePieceProcessor(model_file=job.hp.tokenizer_path)
-    tokens, starts = job.validation.tokens, job.validation.starts[:200]
-    ends = [*job.validation.starts[1:201], len(tokens)][: len(starts)]
-    documents = [tokens[a + 1 : b].tolist() for a, b in zip(starts, ends, strict=True) if b > a + 1]
-    same = [sp.encode(sp.decode(ids)) == ids for ids in documents]
-    found = f"{sum(same)} of {len(same)} documents are encoded as they were"
-    remedy = f"TOKENIZER_PATH={job.hp.tokenizer_path} did not make {job.hp.data_path}"
-    return Row(found, "more than half", 2 * sum(same) > len(same), remedy)
+def files(job) -> Row:
+    """Shards and tokenizer by their sums; without them the validation text has told whether the
+    tokenizer is its own."""
+    t.check_files(job.hp)
+    count = len(t.described(job.hp))
+    found = f"{count} with the sums of stats.json" if count else "not described by a stats.json"
+    return Row(found, "shards and tokenizer as they were made")
 
 
 # --- Ranks ----------------------------------------------------------------------------------------
@@ -623,7 +619,7 @@ def windows(job) -> Row:
     def measure(rows: int) -> int:
         base, sized = allocated(), replace(hp, val_batch_size=rows * length)
         real = t.window_plan(job.validation.tokens, sized, hp.eval_seq_len)
-        t.expect_documents(model, job.validation.tokens, real)
+        t.expected(model, job.validation.tokens, real)
         texts[:] = [made_up(job, n * rows * t.world.size * length, 1 + length // 2) for n in counts]
         plans = [t.window_plan(text, sized, hp.eval_seq_len) for text in texts]
         score = functools.partial(t.score, model)
@@ -664,7 +660,7 @@ def final_pass(job) -> Row:
         base = allocated()
         sized = replace(hp, **{name: rows * unit}, eval_seconds=0.0)
         real = t.final_plan(tokens, sized)
-        t.expect_documents(model, tokens, real)
+        t.expected(model, tokens, real)
 
         def score(text: Tensor, plan: t.Plan) -> None:
             learner = model.learner(sized)  # one for one pass
@@ -716,7 +712,7 @@ def packing(job) -> Row:
     for precision, count in values.items():
         part = min(MIB, count)
         rows = torch.randn(max(1, part // 1024), 1024)
-        data = t.round_to_nearest(rows, *precision)[0].numpy().tobytes()
+        data = t.gptq_quantize(rows, torch.eye(rows.shape[1]), *precision)[0].numpy().tobytes()
         start = time.perf_counter()
         packed = len(brotli.compress(data, quality=11, lgwin=24))
         took += (time.perf_counter() - start) * count / len(data)
@@ -794,7 +790,7 @@ PARTS = {
     "/dev/shm": shared_memory,
     "training shards": training_shards,
     "validation": validation_text,
-    "tokenizer": tokenizer,
+    "files": files,
     "collectives": collectives,
     "delta rule": delta_rule,
     "attention": attention,

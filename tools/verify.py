@@ -130,14 +130,15 @@ def read_scores(path: Path, *more: str) -> SimpleNamespace:
 
 def read_log(path: Path) -> SimpleNamespace:
     """Of the last run in a log that trained to its end, or else came to its end: code, settings,
-    `figures`, (loss, bpb) of its last `_exact` line, whether it was resumed; note: which it is, if
-    others follow it."""
+    tokens of its training shards, `figures`, (loss, bpb) of its last `_exact` line, whether it was
+    resumed; note: which it is, if others follow it."""
     with using(path, "the log of a run that came to its end"):
         run, note = logs.choose(path, logs.read_runs(path))
         if run.figures is None:
             raise ValueError("no `figures:` of finite numbers in the last line of a run")
         exact = re.findall(r"^final_\w+_exact val_loss:(\S+) val_bpb:(\S+)$", run.text, re.M)
         own = dict(figures=run.figures, exact=exact[-1:], settings=run.settings, note=note)
+        own["tokens"] = re.findall(r"^train_loader:.* tokens:(\d+)", run.text, re.M)
         return SimpleNamespace(**own, code=logs.RULE.join(run.sources), resumed=run.resumed)
 
 
@@ -392,6 +393,9 @@ def log_rules(job, size: int) -> Iterator[tuple[str, bool]]:
     yield "it was resumed, its figures do not say so", said or not job.log.resumed
     if "step_stop" in figures:
         yield from training_rules(job.log)
+        there = sum(path.stat().st_size - HEADER_BYTES for path in job.training) // 2
+        had = not job.training or job.log.tokens in ([], [str(there)])
+        yield f"training had shards of {', '.join(job.log.tokens)} tokens, there are {there}", had
     device = "cpu" if str(figures.get("hardware")).endswith("CPU") else "cuda"
     yield f"the sample is not of {device}", not job.sample or job.sample.device == device
 
