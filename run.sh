@@ -72,8 +72,9 @@ if [ -e submission.json ]; then
     mv -f submission.json submission.json.old  # it must not pass for this run's
     echo "run.sh: an earlier submission.json is now submission.json.old"
 fi
-start=("$script")
-[ "${CHECKPOINT_EVERY:-0}${RESUME:-}" = 0 ] || start=(tools/resumable.py "$script")
+# on a signal it keeps what RESUME=auto goes on from; nothing stands between 8 ranks and the record but if asked for
+start=(tools/resumable.py "$script")
+[ "$nproc${CHECKPOINT_EVERY:-}${RESUME:-}" != 8 ] || start=("$script")
 supervise "${launch[@]}" "${start[@]}"
 
 log=logs/$RUN_ID

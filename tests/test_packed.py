@@ -86,10 +86,10 @@ def test_a_state_of_another_model_or_none_is_an_error_with_its_name(tmp_path, li
         packed.read_packed(tmp_path / "a.ptz", other)
     for content in (b"", b"no zip", (tmp_path / "a.ptz.trained.pt").read_bytes()[:9000]):
         (tmp_path / "c.pt").write_bytes(content)
-        with pytest.raises(ValueError, match=r"c\.pt: not the state of a finished training"):
+        with pytest.raises(ValueError, match=r"c\.pt: damaged, or not what a run keeps"):
             packed.read_state(tmp_path / "c.pt")
     torch.save(state | dict(weights={}), tmp_path / "c.pt")
-    with pytest.raises(ValueError, match=r"c\.pt: not the state .*: Hessians of tensors"):
+    with pytest.raises(ValueError, match=r"c\.pt: damaged, or .*: Hessians of tensors"):
         packed.read_state(tmp_path / "c.pt")
     state["weights"]["smear_lambda"].data.add_(1e-3)
     with pytest.raises(
@@ -125,7 +125,7 @@ def test_a_state_with_something_wrong_in_it(tmp_path, lively, change, message):
     _, _, state = trained(path, "train_gpt", lively)
     torch.save(change(state), f"{path}.trained.pt")
     error = packed.main([str(path)])
-    assert f"a.ptz.trained.pt: not the state of a finished training: {message}" in error
+    assert f"a.ptz.trained.pt: damaged, or not what a run keeps: {message}" in error
     assert error.startswith("packed: error: ") and "\n" not in error
     passed, text = packed.check_gptq(path, Path(f"{path}.trained.pt"))
     assert not passed and message in text
@@ -201,7 +201,7 @@ def test_a_run_that_died_while_it_packed_goes_on(tmp_path, name, settings, optio
         for path in (done / "logs" / "run.txt", dead / "logs" / "run.repacked.txt")
     )
     assert new.pop("repacked") is True and new.keys() == old.keys()
-    assert new["checks"].keys() == old["checks"].keys() and len(new["checks"]) == 8
+    assert new["checks"].keys() == old["checks"].keys() and len(new["checks"]) == 7
     for name in ("val_bpb", "val_loss", "step_stop", "raw_val_bpb", "pre_quant_val_bpb", "seed"):
         assert new[name] == old[name], name
 
@@ -224,7 +224,7 @@ def another_shape(state):
     "change, options, message",
     [
         (dict, ["systems/pure_gdn.py"], "its system is record, not pure_gdn"),
-        (without("config"), [], "not the state of a finished training: it has no config"),
+        (without("config"), [], "damaged, or not what a run keeps: it has no config"),
         (lambda state: state | dict(config=dict(other=1)), [], "of another version of record: "),
         (another_weight, [], "other is [2], the model's none"),
         (another_shape, [], "smear_lambda is [2], the model's []"),

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import math
 import sys
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,9 @@ def read_state(path: Path, *more: str) -> dict:
     with open(path, "rb"):
         pass  # what torch.load says of a folder or a file that may not be read is no OSError
     try:
+        with zipfile.ZipFile(path) as file:  # torch.load compares no checksums
+            if damaged := file.testzip():
+                raise ValueError(f"damaged in {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise ValueError(f"a {type(state).__name__}")
@@ -39,7 +43,7 @@ def read_state(path: Path, *more: str) -> dict:
         check_hessians(state["weights"], state["hessians"])
     except Exception as error:  # of whatever kind torch.load makes of a damaged file
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: not the state of a finished training: {reason}") from None
+        raise ValueError(f"{path}: damaged, or not what a run keeps: {reason}") from None
     return state
 
 

@@ -66,24 +66,28 @@ def restore(model, weights: dict, path: Path) -> None:
             p.copy_(weights[name])
 
 
-def repack(artifact: Path, module) -> None:
-    """module: train_gpt or the system's. Raises: ValueError naming the file; RuntimeError if a
-    check fails, those of the training included."""
-    path = Path(f"{artifact}.trained.pt")
+def repack(path: Path, artifact: Path, module, run_id: str = "", **more) -> None:
+    """path: the state; module: train_gpt or the system's; more: of the figures. The log is that of
+    run_id, or one of its own. Raises: ValueError naming the file; RuntimeError if a check fails,
+    those of the training included."""
     state, trained = as_trained(path, module)
     hp_class, model_class = module.Hyperparameters, module.GPT
-    own = dict(run_id=f"{trained.run_id}.repacked", artifact=str(artifact))
+    own = dict(run_id=run_id or f"{trained.run_id}.repacked", artifact=str(artifact))
     hp = hp_class.from_env(os.environ, artifact=replace(trained, **own))
     audit, code = t.Audit(), t.code_files()
     audit.checks |= state["checks"]
     torch.manual_seed(hp.seed)
     model = model_class(hp)
     restore(model, state["weights"], path)
+    _held = t.world.rank or t.claim_outputs(hp, model)
+    t.check_files(replace(hp, eval_only=True))  # the training shards are not needed
+    validation = getattr(module, "Validation", t.Validation)(hp)
     t.init_log(hp, code)
+    if more.get("resumed"):
+        t.log.info(f"resumed: {path}")
     model.to(t.world.device)
     hessians = {name: H.to(t.world.device) for name, H in state["hessians"].items()}
-    validation = getattr(module, "Validation", t.Validation)(hp)
-    figures = state["figures"] | t.pack(hp, model, validation, hessians) | dict(repacked=True)
+    figures = state["figures"] | t.pack(hp, model, validation, hessians) | more
     t.finish(hp, model_class, validation, code, audit, figures)
 
 
@@ -95,7 +99,8 @@ def main(argv: list[str] | None = None) -> int | str:
     parser.add_argument("--train-script", type=Path, default=ROOT / "train_gpt.py")
     args = parser.parse_args(argv)
     try:
-        repack(args.artifact, module_of(args.train_script))
+        path, module = Path(f"{args.artifact}.trained.pt"), module_of(args.train_script)
+        repack(path, args.artifact, module, repacked=True)
     except (OSError, ValueError, RuntimeError) as error:
         return f"repack: error: {error}"
     return 0

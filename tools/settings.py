@@ -17,7 +17,7 @@ import uuid
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "systems")]
+sys.path[:0] = [str(ROOT), str(ROOT / "systems"), str(ROOT / "tools")]
 
 
 def find_script(env) -> Path:
@@ -70,7 +70,12 @@ def read_settings(env, for_check: bool = False) -> dict[str, str]:
     preset = env.get("PRESET") or ("record" if gpus else "demo")
     nproc = count_ranks(env, gpus, preset)
     module = importlib.import_module(script.stem)
-    hp = module.Hyperparameters.from_env(dict(env) | dict(PRESET=preset, RUN_ID=run_id))
+    env = dict(env) | dict(PRESET=preset)
+    if env.get("RESUME") and not env.get("RUN_ID"):  # the log of the run goes on
+        import resumable
+
+        run_id = resumable.run_id_of(env, module) or run_id
+    hp = module.Hyperparameters.from_env(env | dict(RUN_ID=run_id))
     if not hp.eval_only:
         check_batch(hp, nproc)
     variant = hp.data_path.rpartition("_")[2]
@@ -101,7 +106,7 @@ def check_batch(hp, nproc: int) -> None:
 def main(argv: list[str] | None = None) -> int | str:
     try:
         settings = read_settings(os.environ, (argv or sys.argv[1:]) == ["check"])
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         return f"run.sh: {error}"
     for name, value in settings.items():
         print(f"{'export ' * name.isupper()}{name}={shlex.quote(value)}")
