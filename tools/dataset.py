@@ -160,8 +160,6 @@ class Text:
             if self.sidecar:  # an operator is no byte of the original, U+E004 quotes what follows
                 texts = [re.sub("\ue004(.?)|[\ue001-\ue003]", r"\1", text) for text in texts]
             sizes += [len(text.encode()) for text in texts]
-        if end == len(self.ids):  # half a character at the end of a text that is cut is counted by
-            sizes[-1] -= 2 * self.cut_off  # its byte pieces; decoded, each is U+FFFD: three bytes
         return np.array(sizes)
 
     def half_characters(self, document: list[int]) -> list[int]:
@@ -178,14 +176,6 @@ class Text:
                 at += 1 if is_half else len(character.encode())
             run = []
         return places
-
-    @cached_property
-    def cut_off(self) -> int:
-        """Byte pieces at the text's end that are no whole character."""
-        document = self.ids[self.starts[-1] :].tolist()
-        places = set(self.half_characters(document))
-        from_the_end = range(len(document) - 1, -1, -1)  # BOS, the first, is none of them
-        return next(n for n, place in enumerate(from_the_end) if place not in places)
 
     @cached_property
     def reencoded(self) -> list[int]:
