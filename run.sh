@@ -72,7 +72,7 @@ if [ -e submission.json ]; then
     mv -f submission.json submission.json.old  # it must not pass for this run's
     echo "run.sh: an earlier submission.json is now submission.json.old"
 fi
-# on a signal it keeps what RESUME=auto goes on from; nothing stands between 8 ranks and the record but if asked for
+# so that it can be stopped and resumed; the record's run, 8 ranks, is the script itself unless asked
 start=(tools/resumable.py "$script")
 [ "$nproc${CHECKPOINT_EVERY:-}${RESUME:-}" != 8 ] || start=("$script")
 supervise "${launch[@]}" "${start[@]}"

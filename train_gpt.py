@@ -99,7 +99,7 @@ class Hyperparameters:
     rope_dims: int = 16  # rotated dims of each head
     rope_base: float = bounded(10_000.0, 1)
     qk_gain_init: float = 5.0
-    xsa: bool = True  # exclusive self-attention, see Attention
+    xsa: bool = True  # see Attention
     smear_dims: int = 12  # inputs of the SmearGate (#1855); 0 = off
     tied_embed_init_std: float = 0.005
     logit_softcap: float = bounded(30.0, 1)
@@ -303,7 +303,7 @@ def code_files() -> list[Path]:
     return [here, *sorted(path for path in loaded if path.parent == here.parent / "systems")]
 
 def init_log(hp, code) -> None:
-    """Rank 0 logs to stdout and, behind code and versions, to logs/<run_id>.txt: appended."""
+    """Rank 0 logs to stdout and appends code, versions, lines to logs/<run_id>.txt."""
     log.setLevel(logging.INFO if world.rank == 0 else logging.ERROR)
     log.propagate = False
     log.handlers = [logging.StreamHandler(sys.stdout)]
@@ -428,8 +428,8 @@ def check_files(hp) -> None:
     paths = paths[world.rank :: world.size]
     wrong = [str(path) for path in paths if not path.is_file() or digest(path) != sums.get(path)]
     if wrong:
-        raise Refused(f"not as {hp.data_path}/stats.json describes them: {', '.join(wrong)}: if "
-                      "they are cut, not inside a character, remove it")
+        raise Refused(f"not as {hp.data_path}/stats.json describes them: {', '.join(wrong)}: make "
+                      "it again, or remove it if you cut them between characters")
 
 class TrainLoader:
     """Micro-batches in stream order, one read ahead by a thread."""
@@ -1114,10 +1114,10 @@ def steps_of(plan: Plan, device) -> Tensor:
     steps = [*itertools.zip_longest(*rows, fillvalue=Reading(0, 0, 0))]
     return torch.tensor(steps, device=device).unflatten(1, (world.size, plan.rows))
 
-def expected(model: GPT, tokens: Tensor, plan: Plan) -> Plan:
-    """The plan; the model is told how many documents a forward of it has at most: in each row as
-    many as anywhere in the text."""
-    steps = 1 + plan.cached * math.ceil(model.reach / plan.length)  # that a row has tokens of
+def reserve(model: GPT, tokens: Tensor, plan: Plan) -> Plan:
+    """Tells the model how many documents a forward has at most: in each row as many as anywhere in
+    the text. Returns the plan."""
+    steps = 1 + plan.cached * math.ceil(model.reach / plan.length)  # whose tokens a row has
     ring = torch.cat((tokens, tokens[: plan.length]))
     most = steps * count_documents(ring, plan.length) + 1 + plan.cached
     model.most_documents[plan.rows, plan.length] = plan.rows * most
@@ -1315,7 +1315,7 @@ def train(hp, model, stream: TokenStream, validation, audit):
              f"tokens:{len(stream)} grad_accum_steps:{hp.micro_steps()}")
     rows, T = hp.micro_rows(), hp.train_seq_len
     model.most_documents[rows, T] = rows + stream.most_documents(rows * T)
-    blocks = expected(model, validation.tokens, window_plan(validation.tokens, hp, hp.eval_seq_len))
+    blocks = reserve(model, validation.tokens, window_plan(validation.tokens, hp, hp.eval_seq_len))
     untrained = fingerprint(model)
     warm_up(hp, model)
     audit.check("warm_up", fingerprint(model) == untrained, weights=untrained)
@@ -1382,12 +1382,12 @@ SIZE_LIMIT = 16_000_000  # bytes, decimal: artifact and code
 SAMPLE_TOKENS = 16_384
 
 def check_bytes(audit, hp, validation) -> None:
-    """Of each document as of its text."""
+    """By the table as decoded, of each document."""
     per_token = F.pad(validation.target_bytes, (1, 0)).cpu().numpy()  # of the first BOS: 0
     counted, text = np.add.reduceat(per_token, validation.starts), validation.text_bytes
     decoded, wrong = int(text.sum()), np.flatnonzero(counted != text)
-    first = [f"document {i}: {counted[i]} bytes by the table, {text[i]} decoded: it ends in half "
-             "a character, or pieces have spaces inside" for i in wrong[:1]]
+    first = [f"document {i + 1}: {counted[i]} bytes by the table, {text[i]} decoded: it ends in "
+             "half a character, or pieces have spaces inside" for i in wrong[:1]]
     other = len(text) == 50_000 and "fineweb" in hp.data_path and not validation.is_official
     audit.check("bytes", not first and decoded == validation.bytes and not other, first=first,
                 table=validation.bytes, decoded=decoded, wrong_documents=len(wrong))
@@ -1406,12 +1406,12 @@ def evaluate(hp, model_class, validation, audit) -> dict:
     model, _ = load_artifact(hp.artifact, world.device, type(hp), model_class,
                              eval_seq_len=hp.eval_seq_len)  # what full attention sees
     weights, tokens = fingerprint(model), validation.tokens
-    plan = expected(model, tokens, final_plan(tokens, hp))
-    blocks = expected(model, tokens, window_plan(tokens, hp, hp.eval_seq_len))
+    plan = reserve(model, tokens, final_plan(tokens, hp))
+    blocks = reserve(model, tokens, window_plan(tokens, hp, hp.eval_seq_len))
     learner = model.learner(replace(hp, eval_seconds=0.0))
     length = getattr(learner, "warm_up_tokens", hp.eval_seq_len + 2)
     noise = torch.randint(BOS_ID + 1, hp.vocab_size, (length,), device=world.device)
-    noise[length * 3 // 4] = BOS_ID  # behind what SGD learns from
+    noise[length * 3 // 4] = BOS_ID  # a document behind what SGD learns from
     how = learner.score if learner else functools.partial(score, model)
     how(noise, final_plan(noise, hp))  # compiles outside the clock
     label = f"final_int{hp.matrix_bits}_"
@@ -1475,7 +1475,7 @@ def main(hp_class=Hyperparameters, model_class=GPT, validation_class=Validation)
         hp = hp_class.from_env(os.environ, artifact=replace(saved, run_id=hp.run_id))
     else:
         model = model_class(hp).to(world.device)
-    _, (validation, stream), _held = each(lambda check: check(), (
+    _, (validation, stream), _locks = each(lambda check: check(), (
         lambda: hp.eval_only or hp.micro_steps(),
         lambda: check_files(hp) or each(lambda read: read(), (
             lambda: validation_class(hp),

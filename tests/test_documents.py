@@ -11,7 +11,7 @@ from streams import count_documents, in_lockstep, text_of
 from toys import SYSTEMS
 
 import train_gpt
-from train_gpt import BOS_ID, TokenStream, expected, final_plan, score, window_plan
+from train_gpt import BOS_ID, TokenStream, final_plan, reserve, score, window_plan
 
 LAYOUT = dict(kv_share="G2", crawler="A (A G)x2 A", transformer="A (A)x2 A")
 SHORT = dict(eval_mode="stream", iterations=4, rope_dims=8, curriculum="0:1x32 0.5:1x64")
@@ -63,7 +63,7 @@ def test_each_row_of_windows_has_room_for_the_fullest(lively, calls, monkeypatch
     models = [lively(mode.new_model(hp)) for _ in range(size)]
     plan = window_plan(tokens, hp, stride)
     for model in models:
-        assert expected(model, tokens, plan) is plan
+        assert reserve(model, tokens, plan) is plan
     again = iter(models)
     in_lockstep(monkeypatch, size, lambda: score(next(again), tokens, plan))
     ring = torch.cat((tokens, tokens[:32]))
@@ -90,7 +90,7 @@ def test_the_room_stays_what_it_was_before_the_warm_up(lively, calls, name):
     mode = MODES[name]
     hp = mode.small()
     model, tokens, rooms = lively(mode.new_model(hp)), text_of(*TEXT, *TEXT), {}
-    expected(model, tokens, final_plan(tokens, hp))
+    reserve(model, tokens, final_plan(tokens, hp))
     for text in (torch.randint(2, 64, (150,)), tokens):
         mode.score(model, text, hp)
     for _, most, *shape in calls:

@@ -475,7 +475,7 @@ def test_an_empty_shard_is_said_to_be_empty(bare):
 TEXTS = [("  lead " if i % 7 == 0 else "") + t.replace(" ", "  ", 3) for i, t in enumerate(prose())]
 TEXTS = [f"{text} café" for text in TEXTS[:60]]
 RIGHT = "right"  # or how it is refused
-BYTES = r"audit failed: bytes .*document 0: (\d+) bytes by the table, (\d+) decoded"
+BYTES = r"audit failed: bytes .*document 1: (\d+) bytes by the table, (\d+) decoded"
 TOKENIZERS = {
     "spaces inside pieces": (dict(split_by_whitespace=False, vocab_size=1200), BYTES),
     "runs of spaces": (
@@ -565,7 +565,7 @@ def shorten_sidecar(folder: Path) -> None:
         (
             change_sidecar,
             False,
-            r"audit failed: bytes .*document 0: (\d+) bytes by the table, (\d+) decoded",
+            r"audit failed: bytes .*document 1: (\d+) bytes by the table, (\d+) decoded",
         ),
         (shorten_sidecar, False, rf"{SIDECAR}: \d+ entries, \d+ tokens"),
         (remove_sidecar, False, r"DATA_PATH=data: 0 files fineweb_val_bytes_\*.bin, expected some"),

@@ -320,8 +320,7 @@ def read_validation(job) -> None:
 
 
 def files(job) -> Row:
-    """Shards and tokenizer by their sums; without them the validation text has told whether the
-    tokenizer is its own."""
+    """Against stats.json; where there is none, `validation` has encoded its text again."""
     t.check_files(job.hp)
     count = len(t.described(job.hp))
     found = f"{count} with the sums of stats.json" if count else "not described by a stats.json"
@@ -619,7 +618,7 @@ def windows(job) -> Row:
     def measure(rows: int) -> int:
         base, sized = allocated(), replace(hp, val_batch_size=rows * length)
         real = t.window_plan(job.validation.tokens, sized, hp.eval_seq_len)
-        t.expected(model, job.validation.tokens, real)
+        t.reserve(model, job.validation.tokens, real)
         texts[:] = [made_up(job, n * rows * t.world.size * length, 1 + length // 2) for n in counts]
         plans = [t.window_plan(text, sized, hp.eval_seq_len) for text in texts]
         score = functools.partial(t.score, model)
@@ -660,7 +659,7 @@ def final_pass(job) -> Row:
         base = allocated()
         sized = replace(hp, **{name: rows * unit}, eval_seconds=0.0)
         real = t.final_plan(tokens, sized)
-        t.expected(model, tokens, real)
+        t.reserve(model, tokens, real)
 
         def score(text: Tensor, plan: t.Plan) -> None:
             learner = model.learner(sized)  # one for one pass

@@ -79,7 +79,7 @@ def repack(path: Path, artifact: Path, module, run_id: str = "", **more) -> None
     torch.manual_seed(hp.seed)
     model = model_class(hp)
     restore(model, state["weights"], path)
-    _held = t.world.rank or t.claim_outputs(hp, model)
+    _locks = t.world.rank or t.claim_outputs(hp, model)
     t.check_files(replace(hp, eval_only=True))  # the training shards are not needed
     validation = getattr(module, "Validation", t.Validation)(hp)
     t.init_log(hp, code)

@@ -734,7 +734,7 @@ def score_mode(hp, rows: int) -> tuple:
     model = module.GPT(hp).to(t.world.device)
     tokens = scored_text(t, hp, steps_to_take(200))
     plan, short = t.final_plan(tokens, hp), tokens[: 2 * hp.eval_seq_len]
-    t.expected(model, tokens, plan)
+    t.reserve(model, tokens, plan)
     first = bench.seconds(lambda: scorer(t, model, hp)(short, t.final_plan(short, hp)))
     if t.world.on_cuda:
         torch.cuda.reset_peak_memory_stats()

@@ -152,7 +152,7 @@ class Run:
         self.replace(t, "load_artifact", self.new_model)
         self.replace(t, "gptq_quantize", self.rounded)
         self.replace(t, "stream_plan", self.with_values)
-        self.replace(t, "expected", self.with_values)
+        self.replace(t, "reserve", self.with_values)
         self.replace(t, "write_scores", self.write_scores)
         self.mark(GPT, "__call__", lambda *_: "forward")
         self.mark(GPT, "set_progress", lambda _, progress: f"progress {progress:.2f}")
