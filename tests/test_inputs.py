@@ -389,7 +389,7 @@ def test_text_may_be_cut_anywhere_but_not_inside_a_character(trained):
         write_shard(trained / VAL, ids)
         result = call(trained, eval_only=1)
         if is_inside:
-            expected = "Refused: audit failed: bytes .*document 1: .*half a character"
+            expected = "Refused: audit failed: bytes .*document 2: .*half a character"
             assert result.returncode == 1 and re.fullmatch(expected + ".*", result.stderr)
         else:
             finished(result)
@@ -406,7 +406,7 @@ def test_half_a_character_inside_the_text_names_its_document(bare):
     ids = document_ids(sp, "one", "two 機", "three")
     end = ids.index(BOS, ids.index(BOS, 1) + 1)  # of the second document
     write_shard(bare / VAL, ids[: end - 1] + ids[end:])
-    refused(bare, "audit failed: bytes .*document 1: 6 bytes by the table, 10 decoded")
+    refused(bare, "audit failed: bytes .*document 2: 6 bytes by the table, 10 decoded")
 
 
 def test_a_bad_id_late_in_the_last_shard_is_found_before_the_first_step(bare):
