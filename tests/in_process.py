@@ -9,6 +9,7 @@ import itertools
 import logging
 import os
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -105,7 +106,9 @@ def run(script: Path, folder: Path, env: dict[str, str]) -> SimpleNamespace:
 def launch(job, folder: Path, env: dict[str, str], nproc: int) -> SimpleNamespace:
     """In place of the one of tools/verify.py."""
     assert nproc == 1
-    return run(job.script, folder, env)
+    start = time.perf_counter()
+    result = run(job.script, folder, env)
+    return SimpleNamespace(seconds=time.perf_counter() - start, **vars(result))
 
 
 def train(folder: Path, script: Path, **settings) -> None:

@@ -1,10 +1,10 @@
 """tools/verify.py: an honest run passes every check, and what is wrong with the files of another is
 named. Bugs in the program are in test_verify_cheats.py."""
 
+import contextlib
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -548,14 +548,25 @@ def test_as_many_contexts_as_the_budget_has(V, places):
     assert lengths == [*range(1, places), 63]
 
 
-def test_the_program_is_started_as_it_is_by_hand(tmp_path):
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_program_is_started_as_it_is_by_hand(tmp_path, gpu):
+    code = {name: tmp_path / name for name in ("systems/own.py", "train_gpt.py")}
     (tmp_path / "systems").mkdir()
-    for name in "train_gpt.py", "systems/own.py":
-        (tmp_path / name).write_text("import os\nprint(__file__, sorted(os.environ))\n")
-    job = SimpleNamespace(code={"systems/own.py": None, "train_gpt.py": None})
-    result = verify.launch(job, tmp_path, {"A": "1"}, 1)
+    for path in code.values():
+        path.write_text("import os\nprint(__file__, sorted(os.environ))\n")
+    with contextlib.ExitStack() as ends:
+        job = SimpleNamespace(code=code, gpu=gpu, forks=None, ends=ends)
+        result = verify.launch(job, tmp_path, {"A": "1"}, 1)
     assert result.returncode == 0 and result.stdout.startswith(str(tmp_path / "systems/own.py"))
-    assert isinstance(result, subprocess.CompletedProcess) and "'A'" in result.stdout
+    assert "'A'" in result.stdout and 0 < result.seconds < 600
+
+
+def test_libraries_are_what_the_program_imports_and_is_not(tmp_path):
+    code = {name: tmp_path / name for name in ("own.py", "train_gpt.py")}
+    (tmp_path / "own.py").write_text("from train_gpt import GPT\nimport train_gpt as t, os\n")
+    text = "import torch.nn as nn, os\nfrom a.b import c\ndef f():\n  import fla\nfrom . import x\n"
+    (tmp_path / "train_gpt.py").write_text(text)
+    assert verify.libraries(SimpleNamespace(code=code)) == ["os", "torch.nn", "a.b"]
 
 
 def test_in_process_a_run_has_nothing_of_this_one(tmp_path, runs):

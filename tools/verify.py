@@ -9,7 +9,8 @@ or believed.
 Scored again is a sample: the first whole documents of the validation text, whose scores the run
 left beside the artifact. Then texts are rewritten in ways that must not move a score. Each process
 runs on the CPU with EVAL_ONLY=1, in a new folder that holds copies of the code, the artifact, the
-tokenizer and the tokens to score, and sees no variable of the caller but INHERITED.
+tokenizer and the tokens to score, and sees no variable of the caller but INHERITED. Libraries are
+imported once for all processes, by tools/forks.py.
 
 One line a check, `verify: <name> passed|FAILED <figures>`; exit status 0 only if all pass. If the
 data are not what they should be, nothing is run. nats are of one target, the next token; sizes are
@@ -53,6 +54,7 @@ from dataset import (  # noqa: E402
     using,
     write_shard,
 )
+from forks import Forks, end  # noqa: E402
 
 import logs  # noqa: E402
 
@@ -70,7 +72,6 @@ CUDA_MEAN, CUDA_SIZE = 2e-3, 0.03
 CONTEXTS = [[63], *(list(range(*ends)) for ends in pairwise((1, 4, 6, 8, 12, 18, 26, 33, 41)))]
 
 STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-GRACE = 40  # seconds to end in, more than torchrun gives its ranks
 
 INHERITED = re.compile("PATH|HOME|TMPDIR|LANG|USER|LD_LIBRARY_PATH|(OMP|MKL)_NUM_THREADS")
 SETTINGS = dict(
@@ -197,29 +198,41 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def end(process: subprocess.Popen) -> None:
-    """With all that it started: torchrun ends its ranks, which are no processes of its group."""
-    for number in signal.SIGTERM, signal.SIGKILL:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
+def imports(path: Path) -> Iterator[str]:
+    """Modules that a file imports as it starts."""
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def libraries(job) -> list[str]:
+    """What the program imports at its start that is none of its own files."""
+    own = {Path(name).stem for name in job.code}
+    names = dict.fromkeys(name for path in job.code.values() for name in imports(path))
+    return [name for name in names if name.partition(".")[0] not in own]
 
 
 def launch(job, folder: Path, env: dict, nproc: int) -> SimpleNamespace:
     """Runs the program in the folder, with this environment, on so many ranks. Returns: returncode,
-    stdout, stderr. The tests put a function in its place that starts no interpreter."""
+    stdout, stderr, seconds. The tests put a function in its place that starts no interpreter."""
+    if nproc == 1 and not job.gpu:
+        job.forks = job.forks or job.ends.enter_context(Forks(libraries(job), env))
+        return job.forks.run(next(iter(job.code)), folder, env)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     ranks = [*torchrun, f"--nproc_per_node={nproc}"] if nproc > 1 else []
     command = [sys.executable, *ranks, next(iter(job.code))]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
+    start = time.perf_counter()
     process = subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **pipes)
     try:
         out, error = process.communicate()
     except BaseException:
         end(process)
         raise
-    return subprocess.CompletedProcess(command, process.returncode, out, error)
+    returned = dict(returncode=process.returncode, stdout=out, stderr=error)
+    return SimpleNamespace(seconds=time.perf_counter() - start, **returned)
 
 
 def describe(folder: Path, tokenizer: Path) -> None:
@@ -260,16 +273,15 @@ def execute(job, ids: np.ndarray | None = None, nproc: int = 0, **settings) -> S
     env |= {"CUDA_VISIBLE_DEVICES": ""} if not job.gpu else {}
     with tempfile.TemporaryDirectory() as folder:
         fill(job, Path(folder), ids)
-        start = time.perf_counter()
         result = launch(job, Path(folder), env | SETTINGS | settings, nproc or job.nproc)
-        seconds, path = time.perf_counter() - start, Path(folder, SETTINGS["SCORES"])
+        path = Path(folder, SETTINGS["SCORES"])
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if re.search(r"(?<!ChildFailed)Error\b", line)]
         error, status = (errors or lines or [""])[-1], result.returncode
         if not path.is_file():
             raise RuntimeError(f"exit status {status}, no scores: {error or 'and no error'}")
         scores = vars(read_scores(path))
-    own = {"log": result.stdout, "status": status, "error": error, "seconds": seconds}
+    own = {"log": result.stdout, "status": status, "error": error, "seconds": result.seconds}
     return SimpleNamespace(**scores, **own)
 
 
@@ -792,6 +804,12 @@ def verify(job) -> dict[str, bool]:
     if not job.passed["data"]:
         print("verify: the program is not run: no score on these data would mean anything")
         return job.passed
+    with contextlib.ExitStack() as job.ends:
+        verify_program(job)
+    return job.passed
+
+
+def verify_program(job) -> None:
     attempt(job, "run", check_run, job)
     if job.run:
         names = [name for name in job.probes if name != "rows" or job.reading.ttt == "lora"]
@@ -801,7 +819,6 @@ def verify(job) -> dict[str, bool]:
             attempt(job, name, check, job)
         if job.full:
             verify_full(job)
-    return job.passed
 
 
 def prepare(job) -> None:
@@ -822,7 +839,7 @@ def prepare(job) -> None:
     there = job.sample_path.is_file()
     job.sample = read_scores(job.sample_path, "unlearned") if there else None
     job.cuda = there and job.sample.device != "cpu"
-    job.run, job.costs, job.known, job.passed = None, None, {}, {}
+    job.run, job.costs, job.known, job.passed, job.forks = None, None, {}, {}, None
     job.seen = {}  # of each shard its tokens and sha256
     if job.log.note:
         print(f"verify: {job.log.note}")
