@@ -5,7 +5,8 @@
     python data/prepare.py --docs text.jsonl.zst --num-val-docs 500 --vocab-size 1024 --name mytext
         own text
     python data/prepare.py --demo
-        offline, seconds: the documentation of the running Python installation
+        offline, seconds: demo.jsonl.zst beside this file, a novel and speeches; README.md says
+        which. The same everywhere
     ... --docs or --demo with --caseops
         case as operator characters, see `encode_case`; a lossless transform
 
@@ -16,8 +17,9 @@ Layout under --output-root (default: the folder of this file); <name> is fineweb
     datasets/<name>/fineweb_val_bytes_%06d.bin
         with --caseops: bytes of each validation token, see `case_bytes`
     datasets/<name>/stats.json
-        what the dataset is made of: `tokenizer_sha256`, and tokens and sha256 of each shard in
-        `files`; see `measure_overlap` for `overlap`
+        what the dataset is made of: `tokenizer_sha256`, `text_sha256` (of the file with the texts
+        of each split; not of downloads), and tokens and sha256 of each shard in `files`; see
+        `measure_overlap` for `overlap`
     tokenizers/*_<vocab size>_bpe.model
         with --caseops: ..._bpe_caseops.model
     manifest.json
@@ -32,7 +34,6 @@ the one that was there stays as it was; see `Place`.
 """
 
 import argparse
-import ast
 import errno
 import fcntl
 import functools
@@ -46,9 +47,7 @@ import re
 import shutil
 import signal
 import sys
-import sysconfig
 import tempfile
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -76,8 +75,9 @@ OFFICIAL_REPO, COMMUNITY_REPO = "willdepueoai/parameter-golf", "kevclark/paramet
 TITLE, ALLCAPS, CAPNEXT, ESC = OPERATORS = "\ue001\ue002\ue003\ue004"
 OPERATOR_IDS = [4, 5, 6, 7]  # after padding, BOS, EOS and unknown
 COMPRESSOR_LIMIT = 8_000_000  # bytes of text; brotli-11 takes about two seconds per million
-DEMO_VOCAB_SIZE = 1024
-DEMO_MIN_BYTES, DEMO_VAL_BYTES, DEMO_MIN_DOCUMENT_BYTES = 500_000, 200_000, 200
+DEMO_TEXT = Path(__file__).resolve().with_name("demo.jsonl.zst")
+DEMO_SHA256 = "626f3cfa6edb8cbcb7fb1f5a75dec24d39493941025c8f2f7dd9314ef93afe35"
+DEMO_VOCAB_SIZE, DEMO_VAL_DOCUMENTS = 1024, 9
 MAX_OVERLAP = 5  # % of the validation documents: FineWeb repeats pages, a leaked split holds most
 OWN_FILES = r"fineweb_.*\.bin(\.tmp)?|(stats|source)\.json(\.tmp)?|\.download"
 OTHER_FORMATS = {
@@ -88,7 +88,6 @@ OTHER_FORMATS = {
     b"\x04\x22\x4d\x18": "an lz4 file",
     b"7z\xbc\xaf": "a 7z file",
 }
-NOT_DEMO = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 # -----------------------------------------------------------------------------
@@ -834,8 +833,8 @@ class OwnText:
     """A dataset to be made of texts; `train` and `val` are iterated several times."""
 
     name: str
-    train: Iterable[str]
-    val: Iterable[str]
+    train: DocumentRange
+    val: DocumentRange
     shard_tokens: int
     caseops: bool
     tokenizer: Path | None  # without one, a model of vocab_size pieces is trained
@@ -867,6 +866,11 @@ class OwnText:
         place.check_model(model.name, sha256_of(model))
         return model
 
+    def hash_texts(self) -> dict[str, str]:
+        """sha256 of the file of each split, compressed as it is; one file may serve both."""
+        known = {path: sha256_of(path) for path in {self.train.path, self.val.path}}
+        return {"train": known[self.train.path], "val": known[self.val.path]}
+
     def write(self, place: Place, folder: Path, tokenizer: Path, sizes: dict[str, int]) -> dict:
         """Shards in the folder; returns the stats."""
         options = self.shard_tokens, self.caseops
@@ -880,6 +884,7 @@ class OwnText:
             "tokenizer_sha256": sha256_of(tokenizer),
             "vocab_size": load_tokenizer(tokenizer, self.caseops).vocab_size(),
             "caseops": self.caseops,
+            "text_sha256": self.hash_texts(),
             "train": train,
             "val": val,
         }
@@ -894,75 +899,30 @@ class OwnText:
 # demo corpus
 
 
-def docstrings(source: bytes) -> str:
-    """All docstrings of a module in reading order, a blank line between them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the library's own escapes are not ours to report
-        try:
-            nodes = list(ast.walk(ast.parse(source)))
-        except (SyntaxError, ValueError):  # some files of some installations are not Python 3
-            return ""
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    nodes = [node for node in nodes if isinstance(node, documented)]
-    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
-    return "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
-
-
-def installed_prose() -> dict[str, str]:
-    """Documentation of the running installation by name: docstrings of each module, topics of
-    help()."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    texts = {}
-    for folder, subfolders, files in os.walk(library):
-        subfolders[:] = [name for name in subfolders if name not in NOT_DEMO]
-        for path in (Path(folder, file) for file in files if file.endswith(".py")):
-            texts[path.relative_to(library).as_posix()] = docstrings(path.read_bytes())
-    try:
-        from pydoc_data.topics import topics  # some distributions leave it out
-    except ImportError:
-        topics = {}
-    return texts | {f"topics/{name}": text for name, text in topics.items()}
-
-
-def demo_documents() -> list[tuple[str, str]]:
-    """(name, text) of every document, in an order that depends on the names alone."""
-    texts, seen, documents = installed_prose(), set(), []
-    # Each paragraph is kept once: many topics are sections of longer ones, many methods repeat the
-    # words of those they override, and validation text must not stand in the training text.
-    # Longest document first.
-    for name in sorted(texts, key=lambda name: (-len(texts[name]), name)):
-        kept = []
-        for paragraph in re.split(r"\n\s*\n", texts[name].strip()):
-            words = " ".join(paragraph.split())
-            if words not in seen:
-                seen.add(words)
-                kept.append(paragraph)
-        text = "\n\n".join(kept)
-        if len(text.encode()) >= DEMO_MIN_DOCUMENT_BYTES:
-            documents.append((name, text))
-    total = sum(len(text.encode()) for _, text in documents)
-    if total < DEMO_MIN_BYTES:
+def check_demo_text() -> None:
+    """Raises: ValueError if the text is not the one whose figures are published."""
+    if not DEMO_TEXT.is_file():
+        raise ValueError(f"{DEMO_TEXT}: not there; --demo needs it: restore it from the repository")
+    if (found := sha256_of(DEMO_TEXT)) != DEMO_SHA256:
         raise ValueError(
-            f"found {total:,} bytes of documentation in this Python installation; the demo needs "
-            f"{DEMO_MIN_BYTES:,}. Use a full installation, or --docs with any text"
+            f"{DEMO_TEXT}: found sha256 {found}; expected {DEMO_SHA256}: restore it from the "
+            "repository, or give --docs to use other text"
         )
-    return sorted(documents, key=lambda document: hashlib.sha256(document[0].encode()).digest())
-
-
-def split_demo(documents: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
-    """(train, val): the first documents are held out whole, as in the official split."""
-    texts = [text for _, text in documents]
-    count = held_out = 0
-    while held_out < DEMO_VAL_BYTES:
-        held_out += len(texts[count].encode())
-        count += 1
-    return texts[count:], texts[:count]
 
 
 def build_demo(root: Path, shard_tokens: int, caseops: bool = False) -> dict:
-    train, val = split_demo(demo_documents())
-    name, prefix = "demo_caseops" if caseops else "demo", f"demo_{DEMO_VOCAB_SIZE}_bpe"
-    text = OwnText(name, train, val, shard_tokens, caseops, None, DEMO_VOCAB_SIZE, prefix)
+    """As `--docs demo.jsonl.zst --num-val-docs 9 --vocab-size 1024 --name demo` builds it."""
+    check_demo_text()
+    text = OwnText(
+        name="demo_caseops" if caseops else "demo",
+        train=DocumentRange(DEMO_TEXT, DEMO_VAL_DOCUMENTS, None),
+        val=DocumentRange(DEMO_TEXT, 0, DEMO_VAL_DOCUMENTS),
+        shard_tokens=shard_tokens,
+        caseops=caseops,
+        tokenizer=None,
+        vocab_size=DEMO_VOCAB_SIZE,
+        model_prefix=f"demo_{DEMO_VOCAB_SIZE}_bpe",
+    )
     return text.build(root)
 
 
@@ -1335,7 +1295,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="own text: .jsonl, .jsonl.gz or .jsonl.zst with the key `text`",
     )
-    source.add_argument("--demo", action="store_true", help="offline demo corpus")
+    source.add_argument("--demo", action="store_true", help="the text that comes with this file")
     parser.add_argument("--output-root", type=Path, default=Path(__file__).resolve().parent)
     count = whole_number(1)
     parser.add_argument(

@@ -537,12 +537,7 @@ def test_a_given_model_must_have_the_operators(tmp_path, model):
         build(tmp_path, "--tokenizer", model)
 
 
-def test_demo_with_caseops_lies_beside_the_demo(tmp_path, monkeypatch):
-    texts = {
-        f"{i}.py": f"Paragraph {i}. {text} " + " ".join(map(str, range(i, i + 3000)))
-        for i, text in enumerate(prose()[:100])
-    }
-    monkeypatch.setattr(prepare, "installed_prose", lambda: texts)
+def test_demo_with_caseops_lies_beside_the_demo(tmp_path):
     for options in ([], ["--caseops"]):
         prepare.main(["--demo", *options, "--output-root", str(tmp_path)])
     plain, cased = (stats_of(tmp_path / "datasets" / name) for name in ("demo", "demo_caseops"))

@@ -1,10 +1,12 @@
 """data/prepare.py: demo corpus, shards, overlap of the splits, tokenizer, own text. The download is
 in test_prepare_download.py."""
 
+import functools
 import hashlib
 import io
 import json
 import lzma
+import re
 import subprocess
 import sys
 import tempfile
@@ -72,14 +74,27 @@ def description(folder):
 # demo corpus
 
 
-@pytest.fixture(scope="session")
-def prose():
-    return prepare.installed_prose()
+DATA = Path(prepare.__file__).parent
+README = (DATA / "README.md").read_text("utf-8")
+
+
+def published(name):
+    """The sha256 beside the name in the table of data/README.md."""
+    (found,) = re.findall(rf"^\| `{re.escape(name)}` \|.*\| `([0-9a-f]{{64}})` \|$", README, re.M)
+    return found
 
 
 @pytest.fixture(scope="session")
 def documents():
-    return prepare.demo_documents()
+    """Lines of the demo's text, read by other means than the program's."""
+    with zstandard.open(DATA / "demo.jsonl.zst", "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="session")
+def splits(documents):
+    texts = [document["text"] for document in documents]
+    return {"val": texts[:9], "train": texts[9:]}
 
 
 @pytest.fixture(scope="session")
@@ -94,39 +109,93 @@ def model(demo):
     return demo / "tokenizers" / "demo_1024_bpe.model"
 
 
-def test_demo_documents_do_not_depend_on_file_order(prose, documents, monkeypatch):
-    monkeypatch.setattr(prepare, "installed_prose", lambda: dict(reversed(prose.items())))
-    assert prepare.demo_documents() == documents
+def test_demo_text_is_as_it_was_published(documents):
+    path = DATA / "demo.jsonl.zst"
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == published(path.name)
+    assert path.stat().st_size < 600_000
+    texts = [document["text"] for document in documents]
+    assert 1_900_000 < sum(map(len, texts)) < 2_100_000
+    assert all(text.isascii() and text == text.strip() for text in texts)
+    untidy = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]|  | \n|\n\n\n|gutenberg", re.I)
+    assert not any(map(untidy.search, texts))
+    words = [len(text.split()) for text in texts]
+    assert 500 < min(words) and max(words) < 6_000
 
 
-def test_demo_is_prose_of_a_useful_size(documents):
-    names, texts = zip(*documents, strict=True)
+def test_demo_works_are_those_of_the_table(documents):
+    authors = {document["author"] for document in documents}
+    assert len(authors) == 13
+    for author in authors:
+        texts = [document["text"] for document in documents if document["author"] == author]
+        (row,) = re.findall(rf"^\| {author} \|.*$", README, re.M)
+        *_, count, size, sha256, _ = [cell.strip(" `") for cell in row.split("|")]
+        text = "".join(texts).encode()
+        assert (int(count), size) == (len(texts), f"{len(text):,}")
+        assert sha256 == hashlib.sha256(text).hexdigest()
+
+
+def test_demo_documents_stand_in_the_order_of_a_rule(documents):
+    """So that nobody has chosen which are validation."""
+    names = [f"{document['title']}, {document['author']}" for document in documents]
     assert len(set(names)) == len(names)
-    assert not any(part in prepare.NOT_DEMO for name in names for part in name.split("/"))
-    assert min(len(text.encode()) for text in texts) >= prepare.DEMO_MIN_DOCUMENT_BYTES
-    assert "".join(texts).count(" the ") > 5_000
+    assert names == sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
 
 
-def test_demo_train_and_val_share_no_paragraph(documents):
-    train, val = prepare.split_demo(documents)
-    assert train + val and set(train).isdisjoint(val)
-    paragraphs = [
-        {" ".join(p.split()) for text in texts for p in text.split("\n\n")}
-        for texts in (train, val)
-    ]
-    assert paragraphs[0].isdisjoint(paragraphs[1])
-    assert sum(len(text.encode()) for text in val) >= prepare.DEMO_VAL_BYTES
+def test_demo_train_and_val_share_hardly_a_run_of_twenty_words(splits):
+    def runs(text):
+        words = re.findall(r"[a-z']+", text.lower())
+        return {tuple(words[i : i + 20]) for i in range(len(words) - 19)}
+
+    val = [runs(text) for text in splits["val"]]
+    train = set().union(*map(runs, splits["train"]))
+    # one address quotes itself in a later one
+    assert all(len(run & train) < 0.01 * len(run) for run in val)
+    assert 100_000 < sum(map(len, splits["val"])) < 150_000
 
 
-def test_demo_refuses_a_stripped_installation(monkeypatch):
-    monkeypatch.setattr(prepare, "installed_prose", lambda: {"a.py": "word " * 1000})
-    with pytest.raises(ValueError, match="found 4,999 bytes .* needs 500,000"):
-        prepare.demo_documents()
+def test_demo_refuses_another_text(tmp_path, monkeypatch):
+    path = tmp_path / "demo.jsonl.zst"
+    monkeypatch.setattr(prepare, "DEMO_TEXT", path)
+    with pytest.raises(ValueError, match="demo.jsonl.zst: not there; --demo needs it: restore"):
+        prepare.main(["--demo", "--output-root", str(tmp_path)])
+    path.write_bytes(b"{}")
+    with pytest.raises(ValueError, match="demo.jsonl.zst: found sha256 44136fa.*; expected"):
+        prepare.main(["--demo", "--output-root", str(tmp_path)])
+    assert everything(tmp_path) == {}
 
 
-def test_demo_shards_spell_the_normalised_text(demo, model, documents):
+def test_demo_is_the_same_everywhere(demo, model):
+    folder = demo / "datasets/demo"
+    for path in (model, *folder.glob("*.bin")):
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == published(path.name)
+    stats = json.loads((folder / "stats.json").read_text())
+    assert stats["text_sha256"] == dict.fromkeys(("train", "val"), published("demo.jsonl.zst"))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_demo_tokenizer_does_not_depend_on_threads(threads, model, tmp_path, monkeypatch):
+    train = spm.SentencePieceTrainer.train
+    limited = functools.partial(train, num_threads=threads)
+    monkeypatch.setattr(spm.SentencePieceTrainer, "train", limited)
+    texts = prepare.DocumentRange(prepare.DEMO_TEXT, 9, None)
+    again = prepare.load_tokenizer(prepare.train_tokenizer(texts, 1024, tmp_path / "again"))
+    sp = prepare.load_tokenizer(model)
+    for i in range(1024):
+        assert (again.id_to_piece(i), again.get_score(i)) == (sp.id_to_piece(i), sp.get_score(i))
+
+
+def test_demo_replaces_one_made_of_another_text(demo, tmp_path):
+    root = tmp_path / "root"
+    docs = write_jsonl(tmp_path / "docs.jsonl", TEXTS)
+    options = ["--vocab-size", "300", "--num-val-docs", "5", "--output-root", str(root)]
+    prepare.main(["--docs", str(docs), "--name", "demo", *options])
+    prepare.main(["--demo", "--output-root", str(root)])
+    assert contents(root / "datasets/demo") == contents(demo / "datasets/demo")
+
+
+def test_demo_shards_spell_the_normalised_text(demo, model, splits):
     sp = spm.SentencePieceProcessor(model_file=str(model))
-    for split, texts in zip(("train", "val"), prepare.split_demo(documents), strict=True):
+    for split, texts in splits.items():
         stored = documents_of(tokens_of(demo / "datasets/demo", split))
         assert len(stored) == len(texts)
         for ids, text in zip(stored, texts, strict=True):
@@ -154,17 +223,13 @@ def test_demo_figures_can_be_recomputed(demo, model):
     }
 
 
-def test_demo_tokenizer_has_the_competition_settings(model, documents, tmp_path):
+def test_demo_tokenizer_has_the_competition_settings(model):
     sp = prepare.load_tokenizer(model)
     assert sp.vocab_size() == 1024
     assert (sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id()) == (0, 1, 2, 3)
     assert sum(sp.is_byte(i) for i in range(1024)) == 256
-    assert sp.encode("2024", out_type=str) == list("2024")
+    assert sp.encode("1920", out_type=str) == list("1920")
     assert not sp.encode("the", out_type=str)[0].startswith("\u2581")
-    train, _ = prepare.split_demo(documents)
-    assert (
-        prepare.train_tokenizer(train, 1024, tmp_path / "again").read_bytes() == model.read_bytes()
-    )
 
 
 # -----------------------------------------------------------------------------
@@ -375,9 +440,11 @@ def test_jsonl_and_zst_give_the_same_shards(tmp_path, model):
     plain = shard_docs(tmp_path / "a", write_jsonl(tmp_path / "docs.jsonl", TEXTS), *options)
     packed = shard_docs(tmp_path / "b", write_jsonl(tmp_path / "docs.jsonl.zst", TEXTS), *options)
     assert contents(plain) == contents(packed) and len(contents(plain)) > 5
-    assert json.loads((plain / "stats.json").read_text()) == json.loads(
-        (packed / "stats.json").read_text()
-    )
+    stats = [json.loads((folder / "stats.json").read_text()) for folder in (plain, packed)]
+    for told, name in zip(stats, ("docs.jsonl", "docs.jsonl.zst"), strict=True):
+        digest = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+        assert told.pop("text_sha256") == {"train": digest, "val": digest}
+    assert stats[0] == stats[1]
 
 
 def test_the_first_documents_are_held_out_and_caps_hold(tmp_path, model):

@@ -244,7 +244,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_text_is_read(refuse
 
 def test_it_is_found_before_the_demo_is_made(refused, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(prepare, "demo_documents", lambda: 1 / 0)
+    monkeypatch.setattr(prepare, "check_demo_text", lambda: 1 / 0)
     _, line = refused(["--demo", "--output-root", str(tmp_path / "file")])
     matches(line, "--output-root .*file: cannot write in .*datasets: Not a directory")
 
