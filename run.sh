@@ -47,15 +47,17 @@ fi
 
 [ "${1:-}" = check ] || lock logs/run.lock "$python"
 settings=$("$python" tools/settings.py "$@")
-eval "$settings"  # PRESET RUN_ID script gpus nproc dataset tokenizer artifact source
+eval "$settings"  # PRESET RUN_ID script gpus nproc dataset tokenizer artifact source text
 if [ "$gpus" = 0 ]; then
     # keep freed memory (5 % faster steps); wait briefly, then sleep, for threads that another process holds up (without
     # it a busy core costs most of the speed). For glibc and GNU OpenMP, ignored elsewhere.
     export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-100000000000}
     export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
 fi
-# stats.json is written last: a folder without it is not complete, and prepare.py goes on where it stopped
-[ -n "${DATA_PATH:-}" ] || [ -e "$dataset/stats.json" ] || supervise "$python" data/prepare.py "$source"
+# stats.json is written last: a folder without it is not complete, and prepare.py goes on where it stopped.
+# The demo's says of which text it is made: of an earlier version's it is made again.
+[ -n "${DATA_PATH:-}" ] || grep -qs -- "$text" "$dataset/stats.json" ||
+    supervise "$python" data/prepare.py "$source"
 [ "$nproc" = 8 ] || export EVAL_SECONDS=${EVAL_SECONDS:-0}  # the limit is for 8xH100
 
 launch=("$python")

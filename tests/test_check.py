@@ -380,7 +380,7 @@ def test_the_settings_are_for_the_same_system_and_ranks_unless_set(tmp_path, mon
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
     *tools/settings.py*) echo "script=train_gpt.py RUN_ID=run gpus=1 nproc=1 dataset=data" ;
-        echo "tokenizer=tokenizer artifact=artifact source=--demo" ;;
+        echo "tokenizer=tokenizer artifact=artifact source=--demo text=" ;;
     *tools/check.py) mkdir -p logs && cp env logs/check.env ;;
     *train_gpt.py*--data*) ;;
     *train_gpt.py) echo "trains with ${GRAD_ACCUM_STEPS:-none}" ;;

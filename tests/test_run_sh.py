@@ -2,6 +2,7 @@
 replaced by ones that take no time; tools/settings.py and tools/ranks.py are tested as they are."""
 
 import contextlib
+import hashlib
 import os
 import pty
 import shutil
@@ -49,6 +50,7 @@ SETTINGS = """
 import os
 print("export RUN_ID=run script=train_gpt.py gpus=0 dataset=data tokenizer=tok artifact=model.ptz")
 print("nproc=" + os.environ.get("NPROC", "1"), "source=--demo")
+print("text=" + os.environ.get("TEXT", ""))
 """
 TRAIN = """
 import os, signal, sys, time
@@ -248,6 +250,26 @@ def test_data_that_cannot_be_prepared_starts_nothing(folder):
     assert refused(run_sh(folder, DATA_PATH=""), "prepare.py: no text")
     files = content(folder)
     assert "trained" not in files and files["submission.json"] == "old"
+
+
+@pytest.mark.parametrize(
+    "stats, text, made_again",
+    [
+        ('{"text_sha256": {"train": "ab12"}}', "ab12", False),
+        ('{"text_sha256": {"train": "cd34"}}', "ab12", True),
+        ('{"name": "demo"}', "ab12", True),  # of a version that did not say it
+        ('{"name": "fineweb10B_sp8192"}', "", False),  # not the demo
+        (None, "ab12", True),
+        (None, "", True),
+    ],
+)
+def test_data_of_another_text_are_made_again(folder, stats, text, made_again):
+    if stats:
+        write(folder / "data/stats.json", stats)
+    write(folder / "data/prepare.py", "open('prepared', 'w').close()")
+    result = run_sh(folder, DATA_PATH="", TEXT=text)
+    assert result.returncode == 0, result.stderr
+    assert ("prepared" in content(folder)) is made_again
 
 
 def test_settings_that_are_wrong_start_nothing(folder):
@@ -693,6 +715,8 @@ def test_preset_and_ranks_are_those_of_the_machine(gpus, here, env, preset, npro
     found = settings.read_settings(env)
     assert (found["PRESET"], found["nproc"], found["gpus"]) == (preset, str(nproc), str(here))
     assert found["source"] == ("--demo" if preset == "demo" else "--variant=sp8192")
+    text = hashlib.sha256((ROOT / "data/demo.jsonl.zst").read_bytes()).hexdigest()
+    assert found["text"] == (text if preset == "demo" else "")
 
 
 def test_there_are_not_more_ranks_than_gpus(gpus):

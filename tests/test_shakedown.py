@@ -1,7 +1,9 @@
 """tools/shakedown.py: whatever a part does, the others run and are reported. tools/old_torch.py:
 what an older torch lacks is mended, and nothing else is another."""
 
+import hashlib
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
@@ -105,6 +107,20 @@ def test_a_part_leaves_time_to_those_behind_it(tmp_path, monkeypatch):
     parts = [rich, part("last", "", limit=900, least=590)]
     assert shakedown.run_parts(parts, options)["rich"] == "skipped: no time left"
     assert began == ["last"]
+
+
+def test_a_demo_of_another_text_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(shakedown, "text_folder", lambda name: tmp_path / name)
+    (tmp_path / "demo").mkdir()
+    stats = tmp_path / "demo" / "stats.json"
+    assert not shakedown.is_complete("demo")
+    shipped = hashlib.sha256((ROOT / "data/demo.jsonl.zst").read_bytes()).hexdigest()
+    for text, taken in {"ab12": False, shipped: True}.items():
+        stats.write_text(json.dumps({"text_sha256": {"train": text, "val": text}}))
+        assert shakedown.is_complete("demo") is taken
+    (tmp_path / "fineweb10B_sp1024").mkdir()
+    (tmp_path / "fineweb10B_sp1024" / "stats.json").write_text("{}")
+    assert shakedown.text_settings({})["DATA_PATH"] == str(tmp_path / "fineweb10B_sp1024")
 
 
 def test_a_log_is_not_overwritten_by_a_part_that_is_left_out(run, tmp_path):

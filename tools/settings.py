@@ -7,6 +7,7 @@ Reads SYSTEM, NPROC, RUN_ID, PRESET and all hyperparameters from the environment
 gives one line, which names it, and exit status 1.
 """
 
+import hashlib
 import importlib
 import os
 import re
@@ -89,7 +90,13 @@ def read_settings(env, for_check: bool = False) -> dict[str, str]:
         tokenizer=hp.tokenizer_path,
         artifact=hp.artifact,
         source="--demo" if preset == "demo" else f"--variant={variant}",
+        text=hash_demo_text() if preset == "demo" else "",
     )
+
+
+def hash_demo_text() -> str:
+    """What stats.json has as the `text_sha256` of a dataset of this text. Raises: OSError."""
+    return hashlib.sha256((ROOT / "data" / "demo.jsonl.zst").read_bytes()).hexdigest()
 
 
 def check_batch(hp, nproc: int) -> None:

@@ -165,8 +165,7 @@ def text_settings(env) -> dict[str, str]:
     if "DATA_PATH" in env:
         hp = ("DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE")
         return {name: env[name] for name in hp if name in env}
-    complete = [name for name in TEXTS if (text_folder(name) / "stats.json").is_file()]
-    name = (complete or ["demo"])[0]
+    name = next(filter(is_complete, TEXTS), "demo")
     tokenizer, pieces = TEXTS[name]
     return dict(
         DATA_PATH=str(text_folder(name)),
@@ -177,6 +176,16 @@ def text_settings(env) -> dict[str, str]:
 
 def text_folder(name: str) -> Path:
     return ROOT / "data" / "datasets" / name
+
+
+def is_complete(name: str) -> bool:
+    """Whether the folder is there; the demo's only if it is made of the text of this version."""
+    stats = text_folder(name) / "stats.json"
+    if name != "demo" or not stats.is_file():
+        return stats.is_file()
+    from settings import hash_demo_text
+
+    return hash_demo_text() in stats.read_text("utf-8", "replace")
 
 
 def last_line(log: Path) -> str:
@@ -350,7 +359,7 @@ def versions() -> None:
 def text() -> None:
     """Makes the demo's text if there is none."""
     found = text_settings(os.environ)
-    if "DATA_PATH" not in os.environ and not Path(found["DATA_PATH"], "stats.json").is_file():
+    if "DATA_PATH" not in os.environ and not is_complete(Path(found["DATA_PATH"]).name):
         subprocess.run([sys.executable, "data/prepare.py", "--demo"], cwd=ROOT, check=True)
     shards = sorted(Path(found["DATA_PATH"]).glob("fineweb_*_[0-9]*.bin"))
     tokens = {split: 0 for split in ("train", "val")}
