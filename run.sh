@@ -68,7 +68,8 @@ if [ "${1:-}" = check ]; then
     . logs/check.env  # its verdict, and settings with which the run would fit
     exit "$check_failed"
 fi
-[ "${EVAL_ONLY:-0}" = 0 ] || { supervise "${launch[@]}" "$script"; exit; }
+shown() { "$@" | "$python" tools/screen.py; }
+[ "${EVAL_ONLY:-0}" = 0 ] || { supervise shown "${launch[@]}" "$script"; exit; }
 [ ! -f logs/check.env ] || . logs/check.env
 if [ -e submission.json ]; then
     mv -f submission.json submission.json.old  # it must not pass for this run's
@@ -77,7 +78,7 @@ fi
 # so that it can be stopped and resumed; the record's run, 8 ranks, is the script itself unless asked
 start=(tools/resumable.py "$script")
 [ "$nproc${CHECKPOINT_EVERY:-}${RESUME:-}" != 8 ] || start=("$script")
-supervise "${launch[@]}" "${start[@]}"
+supervise shown "${launch[@]}" "${start[@]}"
 
 log=logs/$RUN_ID
 left="; $artifact and $log.txt are complete, but not verified and recorded"

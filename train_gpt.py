@@ -322,6 +322,15 @@ def init_log(hp, code) -> None:
     for name, value in dict(system=hp.system, **asdict(hp)).items():
         log.info(f"  {name}: {value}")
 
+def paced(what: str, items, total: int):
+    """The items of a long pass; every 15 seconds a line says how much of `total` is done."""
+    start = told = time.perf_counter()
+    for number, item in enumerate(items):
+        if (now := time.perf_counter()) - told > 15:
+            done, told = number * total // len(items), now
+            log.info(f"{what}:{done}/{total} time:{1000 * (now - start):.0f}ms")
+        yield item
+
 # --- 3. Byte accounting ---------------------------------------------------------------------------
 BOS_ID = 1  # starts every document
 
@@ -407,8 +416,7 @@ def count_documents(tokens: Tensor, span: int) -> int:  # in the fullest `span` 
     begins = np.flatnonzero(tokens.cpu().numpy() == BOS_ID)
     return int((np.searchsorted(begins, begins + span) - np.arange(len(begins))).max(initial=0))
 def digest(path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 def described(hp) -> dict[Path, str]:
     """sha256 of shards and tokenizer, as data/prepare.py wrote them; {} if it did not."""
@@ -1012,10 +1020,10 @@ def gptq_quantize(W: Tensor, H: Tensor, bits: int, clip_sigmas: float):
 def quantize(model: GPT, hessians: dict[str, Tensor] | None = None) -> dict:
     """(q, scale) of every matrix and embedding, by name; without Hessians rounded to nearest."""
     quantized = {}
-    for name, W in model.named_parameters():
-        if model.kinds[name] != SCALAR:
-            H = torch.eye(W.shape[1], device=W.device) if hessians is None else hessians[name]
-            quantized[name] = gptq_quantize(W, H, *model.precision(name))
+    owned = [(name, W) for name, W in model.named_parameters() if model.kinds[name] != SCALAR]
+    for name, W in paced("gptq", owned, len(owned)):
+        H = torch.eye(W.shape[1], device=W.device) if hessians is None else hessians[name]
+        quantized[name] = gptq_quantize(W, H, *model.precision(name))
     return quantized
 
 # --- 9. Packing -----------------------------------------------------------------------------------
@@ -1034,6 +1042,7 @@ def save_artifact(path, model: GPT, hp: Hyperparameters, quantized: dict | None 
     halves = [quantized[name][1] if name in quantized else p.detach().half()
               for name, p in model.named_parameters()]
     values = b"".join(x.cpu().numpy().tobytes() for x in ints + halves)
+    log.info(f"brotli: packing {len(head) + len(values)} bytes, some 5 s for each million")
     data = brotli.compress(len(head).to_bytes(4, "little") + head + values, quality=11, lgwin=24)
     whole = ARTIFACT_MAGIC + hashlib.sha256(data).digest() + data
     write_whole(path, lambda file: file.write(whole))
@@ -1133,7 +1142,7 @@ def score(model, tokens: Tensor, plan: Plan, learner=None):
     steps = steps_of(plan, device)[:, world.rank]  # [steps, rows, 3]
     places = torch.arange(plan.length, device=device)
     cache = model.new_cache(plan.rows) if plan.cached else None
-    for number, step in enumerate(steps, 1):
+    for number, step in enumerate(paced("targets", steps, n), 1):
         start, end, first = step.unsqueeze(-1).unbind(1)  # [rows, 1] each
         index = start + places  # [rows, length], of targets
         scored, here = (index >= first) & (index < end), index % n  # the rest is not scored
@@ -1337,10 +1346,9 @@ def train(hp, model, stream: TokenStream, validation, audit):
         out_of_time = seconds + longest > hp.train_seconds()
         last = step >= hp.iterations or out_of_time
         if last or (hp.val_loss_every and step % hp.val_loss_every == 0):
-            paused = time.perf_counter()
             raw = validate(model, validation, blocks, f"step:{step}/{hp.iterations}",
                            timing=timing_of(step, seconds))
-            start += time.perf_counter() - paused
+            start += raw["seconds"]
         if last:
             break
         batch = [loader.next() for _ in range(hp.micro_steps_at(progress))]

@@ -1,0 +1,163 @@
+"""Shows how far a run is: reads what train_gpt.py prints, and prints it for a person.
+
+    python train_gpt.py | python tools/screen.py
+
+On a terminal the lines of single steps and of what is done of a long pass become one line that
+rewrites itself, every second, with tokens a second and the time that is left; other lines stay.
+Elsewhere all lines stay, and a line of the same form follows every EVERY seconds. The last line,
+`figures: {...}`, is left to the log, which has everything. When nobody reads any more, the run goes
+on; signals to end are left to it.
+"""
+
+import math
+import os
+import re
+import select
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+EVERY = 30.0  # seconds
+NAMES = {"targets": "scoring", "gptq": "quantizing"}  # of passes, as they are logged
+
+SETTING = re.compile(r"^  (\w+): (\d+(?:\.\d+)?)$")
+STEP = re.compile(r"^step:(\d+)/\d+ train_loss:(\S+) train_time:(\d+)ms")
+PASS = re.compile(r"^(\w+):(\d+)/(\d+) time:(\d+)ms$")
+
+
+class Stage(NamedTuple):
+    """What a line says of how far a stage of the run is."""
+
+    name: str
+    share: float  # that is done
+    seconds: float  # that this took
+    text: str  # step and loss
+    rate: str  # with its unit
+
+    def at(self, seconds: float) -> "Stage":
+        """So many seconds later, if it goes on like this."""
+        now = self.seconds + seconds
+        share = max(self.share, min(0.999, self.share * now / self.seconds))
+        return self._replace(share=share, seconds=now)
+
+    def __str__(self) -> str:
+        left = round(self.seconds * (1 / self.share - 1)) if self.share else 0
+        parts = [self.text, self.rate, f"{tqdm.format_interval(left)} left"]
+        return f"{self.name} {self.share:.0%}: {', '.join(part for part in parts if part)}"
+
+
+class Reader:
+    """Follows the lines of a run."""
+
+    def __init__(self):
+        self.settings = {}
+
+    def stage(self, line: str) -> Stage | None:
+        """What the line says of a stage, if anything."""
+        try:
+            if match := SETTING.match(line):
+                self.settings[match[1]] = float(match[2])
+            elif match := STEP.match(line):
+                return self.training(int(match[1]), match[2], int(match[3]) / 1000)
+            elif match := PASS.match(line):
+                done, total, milliseconds = (int(number) for number in match.groups()[1:])
+                return self.a_pass(match[1], done, total, milliseconds / 1000)
+        except (LookupError, ZeroDivisionError):  # nothing is known yet
+            pass
+        return None
+
+    def training(self, step: int, loss: str, seconds: float) -> Stage:
+        """By steps or by the clock, whichever ends it first."""
+        limit = self.settings["max_wallclock_seconds"]
+        budget = limit - self.settings["gptq_reserve_seconds"] if limit else math.inf
+        share = min(1.0, max(step / self.settings["iterations"], seconds / budget))
+        rate = f"{self.settings['train_batch_tokens'] * step / seconds:,.0f} tokens/s"
+        return Stage("training", share, seconds, f"step {step}, loss {loss}", rate)
+
+    def a_pass(self, name: str, done: int, total: int, seconds: float) -> Stage:
+        rate = f"{done / seconds:,.0f} tokens/s" if name == "targets" else ""
+        return Stage(NAMES.get(name, name), done / total, seconds, "", rate)
+
+
+def lines(file: int, pause: float) -> Iterator[str | None]:
+    """Of a file descriptor, as they come; None after each pause without one."""
+    rest = b""
+    while True:
+        if not select.select([file], [], [], pause)[0]:
+            yield None
+            continue
+        new = os.read(file, 1 << 16)
+        *whole, rest = (rest + new).split(b"\n")
+        yield from (line.decode("utf-8", "replace") for line in whole)
+        if not new:
+            if rest:
+                yield rest.decode("utf-8", "replace")
+            return
+
+
+class Terminal:
+    """A line at the bottom that rewrites itself; any other line ends the stage that it shows."""
+
+    def __init__(self, file):
+        self.bar = tqdm(file=file, bar_format="{desc}", leave=False, dynamic_ncols=True)
+        self.stage, self.since = None, 0.0
+
+    def line(self, text: str, stage: Stage | None) -> None:
+        self.stage, self.since = stage, time.monotonic()
+        self.tick()
+        if not stage:
+            tqdm.write(text, file=self.bar.fp)
+
+    def tick(self) -> None:
+        stage = self.stage and self.stage.at(time.monotonic() - self.since)
+        self.bar.set_description_str(str(stage or ""))
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class File:
+    """All lines, and every EVERY seconds one more."""
+
+    def __init__(self, file):
+        self.file, self.told = file, time.monotonic()
+
+    def line(self, text: str, stage: Stage | None) -> None:
+        print(text, file=self.file, flush=True)
+        if stage and time.monotonic() - self.told > EVERY:
+            print(stage, file=self.file, flush=True)
+            self.told = time.monotonic()
+
+    def tick(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def show(screen: Terminal | File) -> None:
+    """stdin, to its end. Raises: OSError if the output is gone."""
+    reader = Reader()
+    for text in lines(sys.stdin.fileno(), 1.0):
+        if text is None:
+            screen.tick()
+        elif not text.startswith("figures: {"):
+            screen.line(text, reader.stage(text))
+    screen.close()
+
+
+def main() -> None:
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        show((Terminal if sys.stdout.isatty() else File)(sys.stdout))
+    except OSError:
+        for _ in lines(sys.stdin.fileno(), 1.0):  # the run must not wait for a reader
+            pass
+        os._exit(0)  # nor is anything flushed
+
+
+if __name__ == "__main__":
+    main()
