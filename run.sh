@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ./run.sh        set up, get data, train, quantize, pack, score, verify, write submission.json
+# ./run.sh        set up, get data, train, quantize, pack, score, verify, write submission.json, draw plots/
 # ./run.sh check  set up, get data, then forecast from a few steps whether the run would end well here, and when
 # ./run.sh test   set up, then run the tests on all cores; ./run.sh test slow: the long form of tests/gpuless
 #
@@ -88,3 +88,6 @@ verify() {
 }
 supervise verify
 supervise "$python" tools/record.py "$log.txt" --verified "$log.verify.txt"
+left='; the run is complete, but not all pictures of it are drawn'
+supervise "$python" tools/plot.py "$log.txt" ||
+    echo "run.sh: the run is complete, but no pictures of it were drawn" >&2

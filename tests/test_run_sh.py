@@ -102,6 +102,7 @@ STUBS = {
     "train_gpt.py": TRAIN,
     "tools/verify.py": VERIFY,
     "tools/record.py": "open('submission.json', 'w').write('new')",
+    "tools/plot.py": "import sys; print('plot:', *sys.argv[1:])",
     "tools/resumable.py": RESUMABLE,
     "tools/screen.py": SCREEN,
     "tools/check.py": "open('logs/check.env', 'w').write('check_failed=0')",
@@ -211,6 +212,7 @@ def test_a_run_trains_verifies_and_records(folder):
         "run.sh: an earlier submission.json is now submission.json.old",
         "resumable train_gpt.py",
         "verify: all passed",
+        "plot: logs/run.txt",
     ]
     files = content(folder)
     assert files["submission.json"] == "new" and files["submission.json.old"] == "old"
@@ -227,6 +229,17 @@ def test_what_fails_ends_the_run_with_its_status_and_the_old_submission_kept(fol
     assert result.returncode == 1 and result.stderr == "verify: 1 check, FAILED: bytes\n"
     files = content(folder)
     assert "submission.json" not in files and files["submission.json.old"] == "old"
+
+
+@pytest.mark.parametrize(
+    "fault", ["raise SystemExit('plot: error: no disk')", "import os; os._exit(9)"]
+)
+def test_a_run_that_cannot_be_drawn_is_complete(folder, fault):
+    write(folder / "tools/plot.py", fault)
+    result = run_sh(folder)
+    assert result.returncode == 0 and content(folder)["submission.json"] == "new"
+    line = "run.sh: the run is complete, but no pictures of it were drawn\n"
+    assert result.stderr == "plot: error: no disk\n" * ("disk" in fault) + line
 
 
 def test_eval_only_scores_and_does_nothing_else(folder):
