@@ -23,8 +23,8 @@ esac
 # what belongs to another installation, to a launcher around this one, or lets pip install elsewhere
 unset PYTHONHOME PYTHONPATH PYTHONSAFEPATH PYTHON_EXEC PIP_TARGET PIP_PREFIX PIP_USER
 unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE TORCHELASTIC_RUN_ID ${!PET_@}
-# compiled kernels are kept in HOME, or here where it cannot be written
-[ -w "${HOME:-}" ] || export TRITON_HOME=${TRITON_HOME:-$PWD}
+# compiled kernels, and matplotlib's list of fonts, are kept in HOME, or here where it cannot be written
+[ -w "${HOME:-}" ] || export TRITON_HOME=${TRITON_HOME:-$PWD} MPLCONFIGDIR=${MPLCONFIGDIR:-$PWD/.triton/matplotlib}
 
 [ "${1:-}" = test ] || for folder in . logs; do
     mkdir -p "$folder" 2>/dev/null && [ -w "$folder" ] ||

@@ -518,10 +518,12 @@ def test_variables_of_other_programs_do_not_reach_it(folder, env):
     assert str(expected) in result.stdout
 
 
-def test_kernels_are_kept_here_where_home_cannot_be_written(folder):
-    write(folder / "train_gpt.py", "import os; print(os.environ.get('TRITON_HOME'))")
-    assert str(folder) in run_sh(folder, HOME="/nonexistent").stdout.splitlines()
-    assert "None" in run_sh(folder, HOME=str(folder)).stdout.splitlines()
+def test_kernels_and_fonts_are_kept_here_where_home_cannot_be_written(folder):
+    for script, name in (("train_gpt.py", "TRITON_HOME"), ("tools/plot.py", "MPLCONFIGDIR")):
+        write(folder / script, f"import os; print(os.environ.get('{name}'))")
+    lines = run_sh(folder, HOME="/nonexistent").stdout.splitlines()
+    assert str(folder) in lines and lines[-1] == str(folder / ".triton" / "matplotlib")
+    assert run_sh(folder, HOME=str(folder)).stdout.splitlines().count("None") == 2
 
 
 def test_a_mask_of_077_does_not_matter(folder):
