@@ -68,7 +68,7 @@ if [ "${1:-}" = check ]; then
     . logs/check.env  # its verdict, and settings with which the run would fit
     exit "$check_failed"
 fi
-shown() { "$@" | "$python" tools/screen.py; }
+shown() { "$@" | (trap '' HUP INT TERM; exec "$python" tools/screen.py); }  # it ends with what it shows
 [ "${EVAL_ONLY:-0}" = 0 ] || { supervise shown "${launch[@]}" "$script"; exit; }
 [ ! -f logs/check.env ] || . logs/check.env
 if [ -e submission.json ]; then

@@ -92,8 +92,7 @@ print("resumable", sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 SCREEN = """
-import signal, sys
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
+import sys
 for line in sys.stdin:
     print(line, end="", flush=True)
 """
