@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -20,10 +21,12 @@ from pathlib import Path
 import numpy as np
 import sentencepiece as spm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there with PYTHONSAFEPATH
+from rules import OFFICIAL_BYTES, OFFICIAL_DOCUMENTS  # noqa: E402  (the path comes first)
+
 BOS, HEADER_BYTES, MAGIC, VERSION = 1, 1024, 20240520, 1
 SAMPLE_TOKENS = 16_384
 MAX_OVERLAP = 0.05  # of the validation documents; FineWeb repeats pages
-OFFICIAL_DOCUMENTS, OFFICIAL_BYTES = 50_000, range(151_020_000, 151_090_001)
 # Documents that are other tokens when they are decoded and encoded again. Measured on 2,088 of
 # English text and 498 of FineWeb: none with their own tokenizer (1,024, 4,096, 8,192 pieces and
 # CaseOps); 99.8 % and more with another one of the same size, even if half of what it was trained

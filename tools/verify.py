@@ -55,10 +55,10 @@ from dataset import (  # noqa: E402
     write_shard,
 )
 from forks import Forks, end  # noqa: E402
+from rules import SIZE_LIMIT  # noqa: E402
 
 import logs  # noqa: E402
 
-SIZE_LIMIT = 16_000_000  # artifact and code
 PROBE_TOKENS = 4096
 
 # A GPU computes in bf16. What that does to nats was measured on a CPU, bf16 against float32, 5,428
