@@ -67,7 +67,11 @@ class Run(NamedTuple):
 
 def read_runs(path: Path) -> list[Run]:
     """One or more, in the order of the log. Raises: OSError, or ValueError naming the file."""
-    text = path.read_text("utf-8", errors="replace")
+    return runs_of(path, path.read_text("utf-8", errors="replace"))
+
+
+def runs_of(path: Path, text: str) -> list[Run]:
+    """As read_runs, of the text of the file."""
     if not text.strip():
         raise ValueError(f"{path}: empty, expected the log of a run")
     parts = re.split(rf"^{RULE}\n", text, flags=re.M)
