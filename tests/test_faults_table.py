@@ -20,7 +20,7 @@ PROGRAMS = {  # where the lines of each come from
     "train_gpt.py": ["train_gpt.py", "systems/*.py"],
     "prepare.py": ["data/prepare.py"],
     "verify.py": ["tools/verify.py", "tools/dataset.py", "tools/logs.py"],
-    "record.py": ["tools/record.py", "tools/logs.py"],
+    "record.py": [f"tools/{name}.py" for name in "record logs folder compare dialects".split()],
     "packed.py": ["tools/packed.py"],
     "repack.py": ["tools/repack.py", "tools/packed.py"],
     "resumable.py": ["tools/resumable.py", "tools/packed.py"],
