@@ -3,6 +3,7 @@
     python tools/record.py LOG --verified LOG.verify.txt --output submission.json
     python tools/record.py folder LOG [LOG ...] --title TITLE --against FOLDER
     python tools/record.py compare LOG|FOLDER [...] --against LOG|FOLDER|MEAN [...]
+    python tools/record.py check FOLDER [--against LOG|FOLDER|MEAN ...]
 
 The first writes the submission.json of one run, as ./run.sh does. All numbers come from `figures:
 {...}`, the last line of the last run in the log that trained to its end; the artifact that it
@@ -13,7 +14,8 @@ are wall time, sizes bytes, bpb bits per byte, loss nats per token.
 
 `folder` writes a record's folder from the logs of its seeds, each verified: LOG.verify.txt beside
 logs/LOG.txt. What is wrong is a line each on stderr, exit status 1, and no folder. `compare` tests
-whether scores are lower than others, in anybody's logs.
+whether scores are lower than others, in anybody's logs. `check` lists what a reviewer would ask of
+a folder, whoever made it; exit status 1 if there is something.
 """
 
 import argparse
@@ -30,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there with PYTHO
 import compare  # noqa: E402  (the path comes first)
 import dialects  # noqa: E402
 import folder  # noqa: E402
+import review  # noqa: E402
 from rules import OTHER_TRACK, RECORD_TRACK, SECONDS_LIMIT, SEEDS  # noqa: E402
 
 import logs  # noqa: E402
@@ -346,7 +349,7 @@ def warn_of(seeds, wanted, sources) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Comparison
+# Comparison and review
 
 
 def compare_command(argv: list[str]) -> str | None:
@@ -364,7 +367,23 @@ def compare_command(argv: list[str]) -> str | None:
     return None
 
 
-COMMANDS = {"folder": folder_command, "compare": compare_command}
+def check_command(argv: list[str]) -> str | int:
+    """0 if there is nothing to ask, 1 if there is, or a line if there is no folder."""
+    parser = argparse.ArgumentParser(prog="record.py check")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--against", nargs="+", default=[], metavar="LOG|FOLDER|MEAN")
+    job = parser.parse_args(argv)
+    try:
+        lines, asked = review.lines_of(job.folder, job.against)
+    except OSError as error:
+        return f"record: {error.filename}: {error.strerror}: give the folder of a submission"
+    except ValueError as error:
+        return f"record: {error}"
+    print("\n".join(lines))
+    return int(asked)
+
+
+COMMANDS = {"folder": folder_command, "compare": compare_command, "check": check_command}
 
 
 def main(argv=None) -> str | int | None:
