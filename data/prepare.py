@@ -76,8 +76,8 @@ TITLE, ALLCAPS, CAPNEXT, ESC = OPERATORS = "\ue001\ue002\ue003\ue004"
 OPERATOR_IDS = [4, 5, 6, 7]  # after padding, BOS, EOS and unknown
 COMPRESSOR_LIMIT = 8_000_000  # bytes of text; brotli-11 takes about two seconds per million
 DEMO_TEXT = Path(__file__).resolve().with_name("demo.jsonl.zst")
-DEMO_SHA256 = "626f3cfa6edb8cbcb7fb1f5a75dec24d39493941025c8f2f7dd9314ef93afe35"
-DEMO_VOCAB_SIZE, DEMO_VAL_DOCUMENTS = 1024, 9
+DEMO_SHA256 = "8212c9a4487afcfe642828934b2acd5eb0fecf8c3eaa0da70cf90c0ef4788e0c"
+DEMO_VOCAB_SIZE, DEMO_VAL_DOCUMENTS = 1024, 32
 MAX_OVERLAP = 5  # % of the validation documents: FineWeb repeats pages, a leaked split holds most
 OWN_FILES = r"fineweb_.*\.bin(\.tmp)?|(stats|source)\.json(\.tmp)?|\.download"
 OTHER_FORMATS = {
@@ -911,7 +911,7 @@ def check_demo_text() -> None:
 
 
 def build_demo(root: Path, shard_tokens: int, caseops: bool = False) -> dict:
-    """As `--docs demo.jsonl.zst --num-val-docs 9 --vocab-size 1024 --name demo` builds it."""
+    """As `--docs demo.jsonl.zst --num-val-docs 32 --vocab-size 1024 --name demo` builds it."""
     check_demo_text()
     text = OwnText(
         name="demo_caseops" if caseops else "demo",
