@@ -1135,7 +1135,7 @@ def reserve(model: GPT, tokens: Tensor, plan: Plan) -> Plan:
 def score(model, tokens: Tensor, plan: Plan, learner=None):
     """tokens: int64 [N]. Returns for all ranks -ln p of every target tokens[1:] that the plan has,
     float64 [N - 1], else 0, and how often each was scored, int32 [N - 1].
-    learner: a LoraTTT, told of every step. Raises: FloatingPointError if a score is not finite."""
+    learner: a LoraTTT, told of every step. Raises: Refused if a score is not finite."""
     n, device = len(tokens) - 1, tokens.device
     nats = torch.zeros(n + 1, dtype=torch.float64, device=device)  # place n: what is not scored
     count = torch.zeros(n + 1, dtype=torch.int32, device=device)
@@ -1156,7 +1156,7 @@ def score(model, tokens: Tensor, plan: Plan, learner=None):
             learner.after_step(step, out, scored, number / len(steps))
     nats, count = world.all_reduce(nats[:n]), world.all_reduce(count[:n])  # exact: others are zero
     if not nats.isfinite().all():
-        raise FloatingPointError(f"{(~nats.isfinite()).sum()} of {n} scores are not finite")
+        raise Refused(f"{(~nats.isfinite()).sum()} of {n} scores are not finite")
     return nats, count
 
 class Validation:
@@ -1359,7 +1359,7 @@ def train(hp, model, stream: TokenStream, validation, audit):
         step += 1
         loss, grad_norm = torch.stack((world.all_reduce(loss) / world.size, grad_norm)).tolist()
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            raise FloatingPointError(f"step {step}: train_loss {loss}, gradient norm {grad_norm}")
+            raise Refused(f"step {step}: loss {loss}, gradient norm {grad_norm}: try lower rates")
         now = time.perf_counter() - start
         recent.append(now - seconds)
         if step <= 10 or step % hp.train_log_every == 0:
