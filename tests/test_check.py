@@ -382,6 +382,7 @@ case "$*" in
     *tools/settings.py*) echo "script=train_gpt.py RUN_ID=run gpus=1 nproc=1 dataset=data" ;
         echo "tokenizer=tokenizer artifact=artifact source=--demo text=" ;;
     *tools/check.py) mkdir -p logs && cp env logs/check.env ;;
+    *tools/screen.py) cat ;;
     *train_gpt.py*--data*) ;;
     *train_gpt.py) echo "trains with ${GRAD_ACCUM_STEPS:-none}" ;;
 esac
