@@ -32,6 +32,13 @@ as_nobody = pytest.mark.skipif(
 VENV_PYTHON = """#!/usr/bin/env bash
 if [ "$1" = -m ]; then
     echo "${@:2:2}" >>modules
+    [ "$3" != config ] || echo "${PIP_CONFIG:-global.timeout='60'}"
+    if [ "$3" = install ]; then
+        echo "${@:4}" >>installed
+        case "$*" in *"${REFUSED:-nothing}"*) echo "pip: refused" >&2; exit 1 ;; esac
+        packages=.venv/lib/python3.11/site-packages
+        case "$*" in *index-url*) mkdir -p "$packages/torch-1+cpu.dist-info" ;; esac
+    fi
     [ "$2" != pip ] || [ "$3" != "${FAILS:-}" ] || { echo "pip: no network" >&2; exit 1; }
     exit 0
 fi
@@ -130,6 +137,7 @@ def build(folder: Path, python: str = sys.executable) -> Path:
         shutil.copy(ROOT / name, folder / name)
     write(folder / "python_of_venv", VENV_PYTHON.replace("PYTHON", python), 0o755)
     write(folder / "bin" / "python3", BASE_PYTHON.replace("PYTHON", python), 0o755)
+    write(folder / "bin" / "nvidia-smi", "", 0o755)  # there is a GPU, if nothing else is said
     (folder / ".venv" / "bin").mkdir(parents=True)
     shutil.copy(folder / "python_of_venv", folder / ".venv" / "bin" / "python")
     write(folder / ".venv" / "pyvenv.cfg", "")
@@ -622,6 +630,97 @@ def test_no_network_is_one_line_behind_those_of_pip(folder):
     assert result.returncode == 1 and said == "pip: no network"
     assert line.startswith("run.sh: not all of requirements.txt is in .venv, pip says above why")
     assert "trained" not in content(folder) and not (folder / ".venv/installed.txt").exists()
+
+
+# what pip install is called with
+QUIET = "--disable-pip-version-check --quiet"
+FOR_CPUS = f"{QUIET} --no-deps --index-url https://download.pytorch.org/whl/cpu"
+FOR_CPUS += " --timeout 20 --retries 1 torch==1"
+ALL = f"{QUIET} -r requirements.txt -r tests/requirements.txt"
+MARK = ".venv/torch_is_for_cpus.txt"
+
+
+def pip_installed(folder: Path) -> list[str]:
+    """Arguments of each call of pip install, in order."""
+    path = folder / "installed"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture
+def without_gpu(folder):
+    """A folder where nothing is installed, on a machine without a GPU."""
+    wsl = Path("/usr/lib/wsl/lib/nvidia-smi")
+    if shutil.which("nvidia-smi") or [*Path("/dev").glob("nvidia*")] or wsl.exists():
+        pytest.skip("a GPU is here")
+    (folder / ".venv/installed.txt").unlink()
+    (folder / "bin/nvidia-smi").unlink()
+    return folder
+
+
+def test_with_a_gpu_torch_is_the_one_for_cuda(folder):
+    (folder / ".venv/installed.txt").unlink()
+    assert run_sh(folder).returncode == 0
+    assert pip_installed(folder) == [ALL] and not (folder / MARK).exists()
+
+
+def test_without_a_gpu_torch_is_the_one_for_cpus(without_gpu):
+    for _ in range(2):
+        result = run_sh(without_gpu)
+        assert result.returncode == 0 and not result.stderr
+        assert pip_installed(without_gpu) == [FOR_CPUS, ALL] and (without_gpu / MARK).exists()
+
+
+def test_when_a_gpu_comes_torch_is_exchanged_once(without_gpu):
+    assert run_sh(without_gpu).returncode == 0
+    write(without_gpu / "bin/nvidia-smi", "", 0o755)
+    assert run_sh(without_gpu, REFUSED="--force-reinstall").returncode == 1
+    exchange = f"{QUIET} --no-deps --force-reinstall torch==1"
+    for _ in range(2):
+        assert run_sh(without_gpu).returncode == 0
+        assert pip_installed(without_gpu)[2:] == [exchange, exchange, ALL]
+    assert not (without_gpu / MARK).exists()
+
+
+def test_an_index_for_cpus_that_cannot_be_reached_is_not_needed(without_gpu):
+    result = run_sh(without_gpu, REFUSED="download.pytorch.org")
+    assert result.returncode == 0 and not result.stderr
+    assert pip_installed(without_gpu) == [FOR_CPUS, ALL] and not (without_gpu / MARK).exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ":env:.index-url='https://mirror'",
+        ":env:.extra-index-url='https://download.pytorch.org/whl/cpu'",
+        ":env:.no-index='1'",
+        "global.index-url='https://mirror'",
+        "install.find-links='/wheels'",
+    ],
+)
+def test_an_index_of_the_user_decides_which_torch_there_is(without_gpu, line):
+    assert run_sh(without_gpu, PIP_CONFIG=line).returncode == 0
+    assert pip_installed(without_gpu) == [ALL] and not (without_gpu / MARK).exists()
+
+
+def test_pip_tells_an_index_of_the_user_in_these_words(tmp_path):
+    """What install.sh looks for, by the pip that is here."""
+    write(tmp_path / "pip.conf", "[install]\nindex-url = https://mirror\n[global]\nno-index = 1\n")
+    env = dict(PATH=os.environ["PATH"], HOME=str(tmp_path), PIP_CONFIG_FILE="pip.conf")
+    env |= dict(PIP_EXTRA_INDEX_URL="https://other", PIP_FIND_LINKS="/wheels")
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    said = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True).stdout
+    for name in ("install.index-url", "global.no-index", ":env:.extra-index-url"):
+        assert f"{name}=" in said
+    assert ":env:.find-links='/wheels'" in said
+
+
+def test_macos_has_one_torch_and_windows_none(folder, without_gpu):
+    for system in ("Darwin", "MINGW64_NT-10.0"):
+        write(folder / "bin/uname", f"#!/bin/sh\necho {system}\n", 0o755)
+        result = run_sh(folder)
+        assert pip_installed(folder) == [ALL]
+        (folder / ".venv/installed.txt").unlink(missing_ok=True)
+    assert refused(result, "run.sh: MINGW64_NT-10.0: expected Linux, macOS, or on Windows WSL 2")
 
 
 def test_a_python_that_makes_no_venv_is_one_line_behind_its_own(folder):
