@@ -182,7 +182,7 @@ def test_a_driver_that_is_too_old(machine, monkeypatch):
     monkeypatch.setattr(check, "cuda_version", lambda: "12.8")
     assert machine(["driver"]).rows["driver"].startswith("ok ")
     monkeypatch.setattr(check, "cuda_version", lambda: None)
-    fails(machine(), "driver", "torch for CPUs", "PIP_EXTRA_INDEX_URL")
+    fails(machine(), "driver", "torch for CPUs", "delete .venv", "PIP_EXTRA_INDEX_URL")
 
 
 def test_gpus_that_torch_does_not_see(machine, monkeypatch):
@@ -191,7 +191,10 @@ def test_gpus_that_torch_does_not_see(machine, monkeypatch):
     fails(machine(["GPUs", "model"]), "GPUs", "CUDA_VISIBLE_DEVICES")
 
 
-@pytest.mark.parametrize("count, major, texts", [(4, 9, ["NPROC=4"]), (8, 7, ["capability 7.0"])])
+@pytest.mark.parametrize(
+    "count, major, texts",
+    [(4, 9, ["set NPROC=4"]), (8, 7, ["capability 7.0", "older than capability 8.0"])],
+)
 def test_too_few_gpus_or_too_old_ones(machine, monkeypatch, count, major, texts):
     card = SimpleNamespace(name="NVIDIA X", major=major, minor=0, total_memory=80 << 30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -208,7 +211,11 @@ def test_a_container_with_little_shared_memory(machine, monkeypatch):
     monkeypatch.setattr(train_gpt.world, "size", 8)
     monkeypatch.setattr(train_gpt.world, "device", torch.device("cuda", 0))
     row = check.shared_memory(None)
-    assert not row.ok and "64 MiB free" in row.found and "--shm-size" in row.remedy
+    assert (
+        not row.ok
+        and "64 MiB free" in row.found
+        and "start the container with --shm-size" in row.remedy
+    )
 
 
 def test_an_older_torch_or_fla(machine, monkeypatch):

@@ -1,6 +1,6 @@
-"""The table of bad inputs and faults in tests/README.md is what the programs print.
+"""The tables of docs/troubleshooting.md are what the programs print.
 
-A message stands in the table as a user reads it, with <what depends on the case>. The words between
+A message stands in a table as a user reads it, with <what depends on the case>. The words between
 must be those of the program, and the test of the row must look for some of them.
 """
 
@@ -15,18 +15,30 @@ from itertools import pairwise
 import pytest
 from conftest import ROOT
 
-TESTS = ROOT / "tests"
+TESTS, GUIDE = ROOT / "tests", ROOT / "docs" / "troubleshooting.md"
 PROGRAMS = {  # where the lines of each come from
     "train_gpt.py": ["train_gpt.py", "systems/*.py"],
     "prepare.py": ["data/prepare.py"],
     "verify.py": ["tools/verify.py", "tools/dataset.py", "tools/logs.py"],
     "record.py": [f"tools/{name}.py" for name in "record logs folder compare dialects".split()],
     "packed.py": ["tools/packed.py"],
+    "ranks.py": ["tools/ranks.py"],
     "repack.py": ["tools/repack.py", "tools/packed.py"],
     "resumable.py": ["tools/resumable.py", "tools/packed.py"],
     "run.sh": ["run.sh", "tools/*.sh", "tools/lock.py", "tools/settings.py", "train_gpt.py"],
     "check.py": ["tools/check.py", "train_gpt.py"],
 }
+FOREIGN = {  # of torch, NCCL, pip and Python
+    "CUDA out of memory",
+    "NCCL error",
+    "No matching distribution found for torch==2.13.0",
+    "ModuleNotFoundError: No module named 'torch'",
+}
+# a message with one of these says itself what to do
+ADVICE = re.compile(
+    r"expected|needs?\b|\b(give|set|run|call|wait|delete|free|start|ask|name|install|check|mount|see"
+    r"|verify|make|take|goes on|starts anew|larger|newer|smaller)\b|usage:"
+)
 STATUSES = {"0", "1", "2", "128 + number"}
 SYSTEMS = ["train_gpt", "baseline", "kv_share", "pure_gdn", "crawler", "transformer"]
 HOLE = "\0"  # in place of what depends on the case
@@ -34,13 +46,19 @@ HOLE = "\0"  # in place of what depends on the case
 
 @cache
 def rows() -> list[tuple[str, ...]]:
-    """program, input, message, exit status, what is on disk, test; of all tables of the chapter."""
-    text = (TESTS / "README.md").read_text("utf-8")
-    chapter = re.search(r"^# Bad inputs and faults\n(.*?)(?=^# )", text, re.M | re.S)[1]
+    """program, what is wrong, message, what to do, exit status, what is on disk, test; of all
+    tables of the chapter."""
+    _, chapter = GUIDE.read_text("utf-8").split("\n## All messages\n")
     lines = [line[1:-1].strip() for line in chapter.splitlines() if line.startswith("|")]
     cells = [line.replace(r"\|", "\t").split("|") for line in lines]  # \| is no border
     cells = [tuple(cell.replace("\t", "|").strip("` ") for cell in row) for row in cells]
     return [row for row in cells if row[0] != "program" and not row[0].startswith("---")]
+
+
+def headings() -> list[str]:
+    """The messages that head the paragraphs on the likeliest problems."""
+    likeliest, _ = GUIDE.read_text("utf-8").split("\n## All messages\n")
+    return re.findall("^### `([^`]+)`", likeliest, re.M)
 
 
 @cache
@@ -115,17 +133,34 @@ def source_of_file(test: str) -> str:
 
 def test_there_are_at_least_60_rows_and_none_twice():
     assert len(rows()) >= 60
-    assert all(len(row) == 6 and all(row) for row in rows()), [r for r in rows() if len(r) != 6]
+    assert all(len(row) == 7 and all(row) for row in rows()), [r for r in rows() if len(r) != 7]
     for what in (row[:2] for row in rows()), (row[:3] for row in rows()):
         seen = list(what)
         assert len(seen) == len(set(seen))
     assert {row[0] for row in rows()} <= PROGRAMS.keys()
-    assert {row[3] for row in rows()} <= STATUSES
+    assert {row[4] for row in rows()} <= STATUSES
+
+
+def test_what_to_do_stands_in_the_message_or_beside_it():
+    silent = [row[2] for row in rows() if row[3] == "-" and not ADVICE.search(row[2])]
+    assert not silent
+
+
+def test_the_likeliest_problems_are_headed_by_messages_that_are_printed():
+    assert len(headings()) >= 10 and set(headings()) >= FOREIGN
+    for heading in set(headings()) - FOREIGN:
+        parts = literal(heading)
+        assert any(all(is_printed(part, name) for part in parts) for name in PROGRAMS), heading
+
+
+def test_foreign_messages_name_the_torch_that_is_pinned():
+    pinned = re.search("^torch==.*", (ROOT / "requirements.txt").read_text("utf-8"), re.M)
+    assert f"No matching distribution found for {pinned[0]}" in FOREIGN
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row[0]}: {row[1]}")
 def test_a_message_of_the_table_is_printed_and_tested(row):
-    program, _, message, _, _, test = row
+    program, _, message, _, _, _, test = row
     parts = literal(message)
     assert parts and all(is_printed(part, program) for part in parts), [
         part for part in parts if not is_printed(part, program)

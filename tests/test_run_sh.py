@@ -16,11 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 import train_gpt
 
 sys.path.append(str(ROOT / "tools"))
-import settings  # noqa: E402  (the path comes first)
+import ranks  # noqa: E402  (the path comes first)
+import settings  # noqa: E402
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="finds processes by it")
 NOBODY = 54321  # a user without an entry in /etc/passwd
@@ -434,6 +436,14 @@ def test_a_rank_that_fails_ends_the_run_with_its_status(folder_with_torch):
     result = run_sh(folder_with_torch, FAILING_RANK="1", STATUS="7", NPROC="2")
     assert result.returncode == 7 and not result.stderr
     assert not processes(folder_with_torch)
+
+
+def test_a_rank_that_is_killed_is_named(capsys):
+    """The others were ended by torchrun, because of it."""
+    codes = {0: -signal.SIGTERM, 1: -signal.SIGKILL, 2: 128 + signal.SIGTERM}
+    failures = {rank: ProcessFailure(rank, 0, code, "") for rank, code in codes.items()}
+    assert ranks.status_of(failures) == 128 + signal.SIGKILL
+    assert capsys.readouterr().err == "ranks: rank 1 was killed by SIGKILL: out of memory?\n"
 
 
 @needs_proc

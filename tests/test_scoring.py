@@ -244,7 +244,7 @@ def test_a_score_that_is_not_finite_is_an_error(tiny):
     def model(x, y, cache):
         return torch.where(y == 30, torch.nan, 1.0)
 
-    with pytest.raises(train_gpt.Refused, match="1 of 37"):
+    with pytest.raises(train_gpt.Refused, match="1 of 37 scores are not finite"):
         score(model, tokens, window_plan(tokens, tiny(), 16))
 
 

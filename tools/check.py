@@ -224,7 +224,7 @@ def driver(job) -> Row:
     if version is None:
         return Row("unknown" if t.world.on_cuda else "none", "none, on CPUs")
     if cuda is None:
-        remedy = f"{INSTALL}, without PIP_EXTRA_INDEX_URL"
+        remedy = "delete .venv, then ./run.sh check without PIP_EXTRA_INDEX_URL"
         return Row(f"{version}, torch for CPUs", "torch for CUDA", False, remedy, fatal=True)
     oldest = DRIVER_OF_CUDA.get(int(cuda.split(".")[0]), 0)
     ok = int(version.split(".")[0]) >= oldest
