@@ -179,12 +179,11 @@ class Hyperparameters:
         """Raises: Refused naming the impossible fields."""
         each(self.check_bounds, fields(self))
         parse_layout(self.layout, self.kinds)
-        limit = self.max_wallclock_seconds or math.inf
         each(lambda rule: self.require(*rule), (
             ("num_kv_heads", self.num_heads % self.num_kv_heads == 0, "to divide NUM_HEADS"),
             ("rope_dims", self.rope_dims in range(0, self.head_dim + 1, 2), "even, up to HEAD_DIM"),
             ("smear_dims", self.smear_dims <= self.model_dim, "at most MODEL_DIM"),
-            ("gptq_reserve_seconds", self.gptq_reserve_seconds < limit, f"less than {limit:g}"),
+            ("gptq_reserve_seconds", self.train_seconds() > 0, "less than MAX_WALLCLOCK_SECONDS"),
             ("artifact", os.path.basename(self.artifact) != "", "the name of a file"),
             ("scores", re.search(r"^$|(?<!\.sample)\.npz$", self.scores), "a name in .npz"),
             ("eval_mode", self.eval_mode in ("sliding", "stream"), "sliding or stream"),
@@ -262,7 +261,6 @@ class World:
         self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
         self.dtype = torch.bfloat16 if cuda else torch.float32  # of activations
     on_cuda = property(lambda self: self.device.type == "cuda")
-
     def all_reduce(self, x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:  # in place
         if self.size > 1:
             dist.all_reduce(x, op)
@@ -327,8 +325,8 @@ def paced(what: str, items, total: int):
     start = told = time.perf_counter()
     for number, item in enumerate(items):
         if (now := time.perf_counter()) - told > 15:
-            done, told = number * total // len(items), now
-            log.info(f"{what}:{done}/{total} time:{1000 * (now - start):.0f}ms")
+            log.info(f"{what}:{number * total // len(items)}/{total} time:{now - start:.0f}s")
+            told = now
         yield item
 
 # --- 3. Byte accounting ---------------------------------------------------------------------------
@@ -380,10 +378,9 @@ class TokenStream:
     """All shards of a split as one ring of tokens, in the order of their names."""
     def __init__(self, data_path: str, split: str, vocab_size: int):
         self.paths = sorted(Path(data_path).glob(f"fineweb_{split}_[0-9]*.bin"))
-        names = [f"fineweb_{split}_{i:06d}.bin" for i in range(max(1, len(self.paths)))]
-        if [path.name for path in self.paths] != names:
-            missing = min(set(names) - {path.name for path in self.paths})
-            raise Refused(f"DATA_PATH={data_path}: no file {missing}: run data/prepare.py")
+        wanted = {f"fineweb_{split}_{i:06d}.bin" for i in range(max(1, len(self.paths)))}
+        if missing := wanted - {path.name for path in self.paths}:
+            raise Refused(f"DATA_PATH={data_path}: no file {min(missing)}: run data/prepare.py")
         self.shards, self.vocab_size = [load_data_shard(path) for path in self.paths], vocab_size
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards]).tolist()
         if (first := self.shards[0][0].item()) != BOS_ID:
@@ -470,35 +467,38 @@ class TrainLoader:
 # The only computations that differ on CUDA. Plain torch is the CPU path and the tests' oracle.
 def gated_delta_rule(q, k, v, g, beta, initial_state=None) -> tuple[Tensor, Tensor]:
     """S <- exp(g) S; S <- S + beta k (v - S^T k)^T; o = S^T q / sqrt(K), per token and head
-    (arXiv:2412.06464).
-    q, k: [B, T, H, K], normalised. v: [B, T, H, V]. g: [B, T, H], log decay <= 0.
-    beta: [B, T, H]. initial_state: [B, H, K, V] float32, zeros if None.
+    (arXiv:2412.06464). q, k: [B, T, H, K], normalised. v: [B, T, H, V]. beta: [B, T, H].
+    g: [B, T, H], log decay <= 0. initial_state: [B, H, K, V] float32, zeros if None.
     Returns o: [B, T, H, V] in v's dtype and the final state: [B, H, K, V] float32."""
     assert q.shape == k.shape and g.shape == beta.shape == k.shape[:3] == v.shape[:3]
     if initial_state is None:
-        B, _, H, K = k.shape
-        initial_state = k.new_zeros(B, H, K, v.shape[-1], dtype=torch.float32)
+        initial_state = k.new_zeros(len(k), *k.shape[2:], v.shape[-1], dtype=torch.float32)
     rule = fla_gated_delta_rule if k.is_cuda else torch_gated_delta_rule
     return rule(q, k, v, g, beta, initial_state)[:2]
 
-def torch_gated_delta_rule(q, k, v, g, beta, initial_state, chunk: int = 64):
-    """Chunk by chunk, in float32, or float64 of such inputs. 64 is the fastest on a CPU."""
-    inner = torch.promote_types(v.dtype, torch.float32)
-    inputs = q * k.shape[-1] ** -0.5, k, v, g, beta.unsqueeze(-1)
-    chunks = (x.to(inner).transpose(1, 2).split(chunk, 2) for x in inputs)  # [B, H, C, ...] each
-    S, out = initial_state.to(inner), []
-    for q_n, k_n, v_n, g_n, beta_n in zip(*chunks, strict=True):
-        # decay[i, j] = exp(sum of g over j+1 .. i), summed from j on: a difference of two sums
-        # would carry rounding errors from one document into the next
-        past = torch.ones(2 * g_n.shape[-1:], dtype=torch.bool, device=g.device).tril(-1)
-        decay = (g_n.unsqueeze(-1) * past).cumsum(-2).masked_fill(past.mT, -torch.inf).exp()
-        from_start = g_n.cumsum(-1).exp().unsqueeze(-1)  # [B, H, C, 1]
-        # the writes of a chunk solve (I + A) U = beta (V - K S): each sees the earlier ones
-        A, values = (k_n @ k_n.mT) * decay * beta_n, beta_n * (v_n - from_start * (k_n @ S))
-        U = torch.linalg.solve_triangular(A, values, upper=False, unitriangular=True)
-        out.append(from_start * (q_n @ S) + ((q_n @ k_n.mT) * decay) @ U)
-        S = from_start[..., -1:, :] * S + (k_n * decay[..., -1, :, None]).mT @ U
-    return torch.cat(out, 2).transpose(1, 2).to(v.dtype), S
+def torch_gated_delta_rule(q, k, v, g, beta, initial_state, chunk: int = 32):
+    """In float32, or float64 of such inputs; only what needs the state is in turn."""
+    (B, T, H, K), inner = k.shape, torch.promote_types(v.dtype, torch.float32)
+    inputs = q * K**-0.5, k, v, g[..., None], beta[..., None]
+    padded = (F.pad(x.to(inner), (0, 0, 0, 0, 0, -T % chunk)) for x in inputs)  # changes no state
+    chunks = (x.unflatten(1, (-1, chunk)).movedim((1, 3), (0, 2)).flatten(1, 2) for x in padded)
+    q, k, values, g, beta = chunks  # [N, B * H, C, ...]
+    # decay[i, j] = exp(sum of g over j+1 .. i), summed from j on: a difference of two sums
+    # would carry rounding errors from one document into the next
+    past, eye = g.new_ones(chunk, chunk).tril(-1), torch.eye(chunk).to(g)
+    decay, from_start = (g * past).cumsum(-2).exp().tril(), g.cumsum(-2).exp()
+    # the writes of a chunk solve (I + A) U = beta (V - K S): each sees the earlier ones
+    A = (k @ k.mT) * (decay * beta)
+    inverse = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True) * beta.mT
+    U, W, k_end = inverse @ values, (inverse * from_start.mT) @ k, k * decay[..., -1, :, None]
+    S, states, writes = initial_state.to(inner).flatten(0, 1), [], []
+    for U_n, W_n, k_n, kept in zip(U, W, k_end.mT, from_start[:, :, -1:], strict=True):
+        states.append(S)
+        writes.append(torch.baddbmm(U_n, W_n, S, alpha=-1))
+        S = torch.baddbmm(kept * S, k_n, writes[-1])
+    o = from_start * (q @ torch.stack(states)) + (q @ k.mT * decay) @ torch.stack(writes)
+    o = o.unflatten(1, (B, H)).movedim((0, 2), (1, 3)).flatten(1, 2)[:, :T]
+    return o.to(v.dtype), S.unflatten(0, (B, H))
 
 # fla's chunk op would break fullgraph; a custom op is opaque. Its import takes seconds on a CPU.
 @torch.library.custom_op("train_gpt::gated_delta_rule", mutates_args=())
@@ -539,28 +539,25 @@ def _(q, k, v, g_sum, beta, A, initial_state, do, d_state):
 def save_for_delta_backward(ctx, inputs, output) -> None:
     q, k, v, _, beta, initial_state = inputs
     ctx.save_for_backward(q, k, v, output[2], beta, output[3], initial_state)
-
 fla_gated_delta_rule.register_autograd(
     lambda ctx, do, d_state, *_: fla_gated_delta_rule_backward(*ctx.saved_tensors, do, d_state),
     setup_context=save_for_delta_backward)
 
 def window_attention(q, k, v, window: int, doc=None, most: int | None = None) -> Tensor:
     """Causal attention inside documents: token t sees t - window + 1 .. t of its own document.
-    q: [B, T, H, D]. k, v: [B, T, Hkv, D], Hkv divides H. doc: [B, T], the document's number,
-    rising; None = one per row. most: documents in all rows, at most; None = B * T.
-    Returns [B, T, H, D]."""
+    q, result: [B, T, H, D]. k, v: [B, T, Hkv, D], Hkv divides H. doc: [B, T], its number, rising;
+    None = one per row. most: documents in all rows, at most; None = B * T."""
     assert k.shape == v.shape and q.shape[:2] == k.shape[:2] and q.shape[2] % k.shape[2] == 0
     if doc is None:
-        doc = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device)
+        doc = q.new_zeros(q.shape[:2], dtype=torch.long)
     attend = varlen_window_attention if q.is_cuda else masked_window_attention
     return attend(q, k, v, window, doc, most or doc.numel())
 
 def masked_window_attention(q, k, v, window: int, doc: Tensor, most: int) -> Tensor:
-    t = torch.arange(q.shape[1], device=q.device)
-    near = (t[:, None] >= t) & (t[:, None] - t < window)  # [T, T]
+    near = doc.new_ones(2 * doc.shape[1:], dtype=torch.bool).tril().triu(1 - window)  # [T, T]
     seen = near & (doc[:, :, None] == doc[:, None, :])  # [B, T, T]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen.unsqueeze(1), enable_gqa=True)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], enable_gqa=True)
     return y.transpose(1, 2)
 
 def varlen_window_attention(q, k, v, window: int, doc: Tensor, most: int) -> Tensor:
@@ -757,8 +754,7 @@ PARAM_RULES = (
     (r"tok_emb\.weight$", EMBED, lambda w, hp: w.normal_(std=hp.tied_embed_init_std)),
     (r"(o|down)_proj\.weight$", MATRIX, ZEROS),
     (r"(q|k|v|g|up)_proj\.weight$", MATRIX, lambda w, hp: nn.init.orthogonal_(w)),
-    (r"(a|b)_proj\.weight$", SCALAR,
-     lambda w, hp: w.uniform_(-w.shape[1] ** -0.5, w.shape[1] ** -0.5)),
+    (r"(a|b)_proj\.weight$", SCALAR, lambda w, hp: nn.init.kaiming_uniform_(w, 5**0.5)),
     (r"conv1d$", SCALAR, lambda w, hp: w.uniform_(-0.5, 0.5)),
     (r"A_log$", SCALAR, lambda w, hp: w.uniform_(1, 16).log_()),
     # softplus(dt_bias) is log-uniform in [1e-3, 1e-1], as in Mamba-2 and fla
@@ -781,7 +777,7 @@ class GPT(nn.Module):
         self.build(hp)
         self.kinds = self.init_weights()  # of each parameter, by name
         if world.on_cuda:
-            torch._dynamo.config.recompile_limit = 64  # a graph for each shape, with adapters, ...
+            torch._dynamo.config.recompile_limit = 64  # a graph for each shape, with adapters
             self.compile(fullgraph=True, dynamic=False)
 
     def build(self, hp) -> None:
@@ -830,7 +826,7 @@ class GPT(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:  # softcapped logits, float32
         cap = self.hp.logit_softcap
-        return cap * torch.tanh(self.lm_head(norm(x)).float() / cap)
+        return cap * self.lm_head(norm(x)).float().div_(cap).tanh_()
 
     def new_cache(self, rows: int) -> Cache:  # of texts not begun
         device, layers = self.tok_emb.weight.device, []
@@ -896,7 +892,6 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-
 def polar_express(G: Tensor, steps: int = 5) -> Tensor:
     """Nearly the nearest semi-orthogonal matrices: singular values in [1e-3, 1] of the norm go to
     [0.859, 1.141]. G: [..., rows, cols]. Returns that shape in the compute dtype."""
@@ -1313,7 +1308,6 @@ def timing_of(step: int, seconds: float) -> str:
 def save_state(path, hp, model, **more) -> None:  # what tools/ go on from
     state = dict(system=hp.system, config=asdict(hp), weights=dict(model.named_parameters()))
     write_whole(path, lambda file: torch.save(state | more, file))
-
 def between_steps(step: int, tokens: int, start: float, *state) -> tuple[int, int, float]:
     """Sees all that later steps depend on: tools/resumable.py keeps and restores it."""
     return step, tokens, start
@@ -1331,7 +1325,6 @@ def train(hp, model, stream: TokenStream, validation, audit):
     optimizer, step, tokens = Muon(model, hp), 0, 0
     params = [p.detach() for p in model.parameters()]
     average = [p.clone() for p in params]  # exponential moving average, float32
-    log.info(f"gptq:reserving {hp.gptq_reserve_seconds:g}s, effective={hp.train_seconds():g}s")
     recent = collections.deque(maxlen=10)  # seconds of the last steps: the next must fit
     start = time.perf_counter()  # moved forward by what does not count
     loader = TrainLoader(stream, hp)
@@ -1422,10 +1415,9 @@ def evaluate(hp, model_class, validation, audit) -> dict:
     noise[length * 3 // 4] = BOS_ID  # a document behind what SGD learns from
     how = learner.score if learner else functools.partial(score, model)
     how(noise, final_plan(noise, hp))  # compiles outside the clock
-    label = f"final_int{hp.matrix_bits}_"
-    validate(model, validation, blocks, label + "roundtrip")
-    label += "sliding_window" if hp.eval_mode == "sliding" else "stream"
-    label += f"_ttt_{hp.ttt}" if hp.ttt else ""
+    bits, mode = f"final_int{hp.matrix_bits}", hp.eval_mode.replace("sliding", "sliding_window")
+    validate(model, validation, blocks, f"{bits}_roundtrip")
+    label = f"{bits}_{mode}_ttt_{hp.ttt}" if hp.ttt else f"{bits}_{mode}"
     final = validate(model, validation, plan, label, model.learner(hp))
     log.info(f"{label}_exact val_loss:{final['val_loss']:.8f} val_bpb:{final['val_bpb']:.8f}")
     write_scores(hp, model, validation, final["nats"])

@@ -160,7 +160,7 @@ BUGS = [
     Bug(
         "R2",
         the_delta_rule_is_its_token_loop,
-        [("        S = from_start[..., -1:, :] * S + ", "        S = ")],
+        [("baddbmm(kept * S, k_n,", "baddbmm(0 * S, k_n,")],
     ),
     Bug("R3", "audit: gradients", [(DECAY, DECAY.replace("-self", "-0.0 * self"))]),
     Bug("R4a", "verify: future", [(RESET, ""), TWO_LOOPS]),
@@ -175,7 +175,7 @@ BUGS = [
     Bug(
         "R7",
         a_state_is_fed_back_as_it_came,
-        [("transpose(1, 2).to(v.dtype), S\n", "transpose(1, 2).to(v.dtype), S.to(v.dtype)\n")],
+        [("S.unflatten(0, (B, H))\n", "S.unflatten(0, (B, H)).to(v.dtype)\n")],
     ),
     Bug(
         "R8",

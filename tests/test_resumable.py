@@ -314,7 +314,6 @@ def test_a_run_that_keeps_checkpoints_is_the_same_run(place, whole):
     [
         ("model_params", ANEW),
         ("warmup_step", ANEW),
-        ("gptq:reserving", ANEW),
         ("step:2/6 t", KEPT + CHECKPOINT),
         ("call write_whole 1$", KEPT + TRAINED),  # while trained.pt is written
         ("step:6/6 val_loss", KEPT + TRAINED),

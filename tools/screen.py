@@ -26,7 +26,7 @@ NAMES = {"targets": "scoring", "gptq": "quantizing"}  # of passes, as they are l
 
 SETTING = re.compile(r"^  (\w+): (\d+(?:\.\d+)?)$")
 STEP = re.compile(r"^step:(\d+)/\d+ train_loss:(\S+) train_time:(\d+)ms")
-PASS = re.compile(r"^(\w+):(\d+)/(\d+) time:(\d+)ms$")
+PASS = re.compile(r"^(\w+):(\d+)/(\d+) time:(\d+)s$")
 
 
 class Stage(NamedTuple):
@@ -64,8 +64,7 @@ class Reader:
             elif match := STEP.match(line):
                 return self.training(int(match[1]), match[2], int(match[3]) / 1000)
             elif match := PASS.match(line):
-                done, total, milliseconds = (int(number) for number in match.groups()[1:])
-                return self.a_pass(match[1], done, total, milliseconds / 1000)
+                return self.a_pass(match[1], *(int(number) for number in match.groups()[1:]))
         except (LookupError, ZeroDivisionError):  # nothing is known yet
             pass
         return None
@@ -78,7 +77,7 @@ class Reader:
         rate = f"{self.settings['train_batch_tokens'] * step / seconds:,.0f} tokens/s"
         return Stage("training", share, seconds, f"step {step}, loss {loss}", rate)
 
-    def a_pass(self, name: str, done: int, total: int, seconds: float) -> Stage:
+    def a_pass(self, name: str, done: int, total: int, seconds: int) -> Stage:
         rate = f"{done / seconds:,.0f} tokens/s" if name == "targets" else ""
         return Stage(NAMES.get(name, name), done / total, seconds, "", rate)
 
