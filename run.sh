@@ -2,6 +2,7 @@
 # ./run.sh        set up, get data, train, quantize, pack, score, verify, write submission.json, draw plots/
 # ./run.sh check  set up, get data, then forecast from a few steps whether the run would end well here, and when
 # ./run.sh test   set up, then run the tests on all cores; ./run.sh test slow: the long form of tests/gpuless
+# HELP=1 ./run.sh prints every setting with its default
 #
 # Every hyperparameter is an environment variable (MAX_WALLCLOCK_SECONDS=60 ./run.sh); SYSTEM names a file
 # of systems/ to run instead of the record. Without a GPU the preset is `demo`, on text that needs no network.
@@ -13,7 +14,8 @@ cd "$(dirname "$(readlink -f "$0")")"
 case "$*" in
     '' | check | test | 'test '*) ;;
     *)
-        echo "usage: ./run.sh [check | test [slow] [pytest arguments]]; settings are environment variables" >&2
+        echo "usage: ./run.sh [check | test [slow] [pytest arguments]]; settings are environment variables:" \
+            "HELP=1 ./run.sh lists them" >&2
         exit 2
         ;;
 esac
@@ -26,14 +28,19 @@ unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE TORCHELASTIC_RUN_ID ${!PET_@}
 # compiled kernels, and matplotlib's list of fonts, are kept in HOME, or here where it cannot be written
 [ -w "${HOME:-}" ] || export TRITON_HOME=${TRITON_HOME:-$PWD} MPLCONFIGDIR=${MPLCONFIGDIR:-$PWD/.triton/matplotlib}
 
+venv=${VENV:-.venv}
+python=$venv/bin/python
+. tools/install.sh
+if [ "${HELP:-0}" != 0 ]; then  # needs nothing but a Python
+    "$python" -c '' 2>/dev/null || { find_base; python=$base; }
+    exec "$python" tools/help.py
+fi
+
 [ "${1:-}" = test ] || for folder in . logs; do
     mkdir -p "$folder" 2>/dev/null && [ -w "$folder" ] ||
         fail "$PWD/$folder: no folder that can be written: run in a copy that belongs to you"
 done
 
-venv=${VENV:-.venv}
-python=$venv/bin/python
-. tools/install.sh
 is_installed || supervise install
 
 if [ "${1:-}" = test ]; then

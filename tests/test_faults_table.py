@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT
 
 TESTS, GUIDE = ROOT / "tests", ROOT / "docs" / "troubleshooting.md"
+LAUNCHING = [f"tools/{name}.py" for name in ("lock", "settings", "help", "variables", "misnamed")]
 PROGRAMS = {  # where the lines of each come from
     "train_gpt.py": ["train_gpt.py", "systems/*.py"],
     "prepare.py": ["data/prepare.py"],
@@ -25,7 +26,7 @@ PROGRAMS = {  # where the lines of each come from
     "ranks.py": ["tools/ranks.py"],
     "repack.py": ["tools/repack.py", "tools/packed.py"],
     "resumable.py": ["tools/resumable.py", "tools/packed.py"],
-    "run.sh": ["run.sh", "tools/*.sh", "tools/lock.py", "tools/settings.py", "train_gpt.py"],
+    "run.sh": ["run.sh", "tools/*.sh", *LAUNCHING, "train_gpt.py"],
     "check.py": ["tools/check.py", "train_gpt.py"],
 }
 FOREIGN = {  # of torch, NCCL, pip and Python

@@ -111,6 +111,7 @@ STUBS = {
     "tools/verify.py": VERIFY,
     "tools/record.py": "open('submission.json', 'w').write('new')",
     "tools/plot.py": "import sys; print('plot:', *sys.argv[1:])",
+    "tools/help.py": "import sys; print('help by', sys.executable)",
     "tools/resumable.py": RESUMABLE,
     "tools/screen.py": SCREEN,
     "tools/check.py": "open('logs/check.env', 'w').write('check_failed=0')",
@@ -249,6 +250,27 @@ def test_a_run_that_cannot_be_drawn_is_complete(folder, fault):
     assert result.returncode == 0 and content(folder)["submission.json"] == "new"
     line = "run.sh: the run is complete, but no pictures of it were drawn\n"
     assert result.stderr == "plot: error: no disk\n" * ("disk" in fault) + line
+
+
+@pytest.mark.parametrize("arguments", [[], ["check"], ["test"]])
+def test_help_does_nothing_else(folder, arguments):
+    """With the Python of VENV, or, if that is not there, with PYTHON."""
+    before = content(folder)
+    result = run_sh(folder, *arguments, HELP="1")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("help by ") and len(result.stdout.splitlines()) == 1
+    assert content(folder) == before
+    shutil.rmtree(folder / ".venv")
+    assert run_sh(folder, *arguments, HELP="1").stdout == result.stdout
+    assert not (folder / ".venv").exists()
+    assert "help by" not in run_sh(folder, "test", HELP="0").stdout
+
+
+def test_help_by_an_old_python_is_refused(folder):
+    shutil.rmtree(folder / ".venv")
+    write(folder / "old", "#!/bin/sh\necho 3.9.2\nexit 1\n", 0o755)
+    message = "run.sh: ./old: version 3.9.2, expected Python 3.11 or newer: name another Python"
+    assert refused(run_sh(folder, PYTHON="./old", HELP="1"), message)
 
 
 def test_eval_only_scores_and_does_nothing_else(folder):

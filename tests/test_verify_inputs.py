@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import forks  # noqa: E402  (test_verify has put tools/ on the path)
 import numpy as np
 import pytest
 import torch
@@ -597,7 +596,7 @@ def test_a_signal_ends_what_was_started_and_removes_folders(
     temporary.mkdir()
     (folder / "s.py").write_text(ENDLESS.format(how=how, pids=str(pids)))
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    monkeypatch.setattr(forks, "GRACE", 1)
+    monkeypatch.setattr("forks.GRACE", 1)
     handlers = [signal.getsignal(stop) for stop in verify.STOPS]
 
     def signalled():

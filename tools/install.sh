@@ -6,16 +6,21 @@ is_installed() {
     [ "$(cat "$venv/installed.txt" 2>/dev/null)" = "$wanted" ] && "$python" -c '' 2>/dev/null && ! lacks_cuda
 }
 
+find_base() {
+    local found
+    base=${PYTHON:-python3} other="name another Python, PYTHON=/path/to/python3.11 ./run.sh"
+    command -v "$base" >/dev/null || fail "no program $base, expected Python 3.11 or newer: $other"
+    found=$("$base" -c 'import sys; print(sys.version.split()[0]); sys.exit(sys.version_info < (3, 11))') ||
+        fail "$base: version ${found:-unknown}, expected Python 3.11 or newer: $other"
+}
+
 install() {
-    local base=${PYTHON:-python3} found
-    local other="name another Python, PYTHON=/path/to/python3.11 ./run.sh"
+    local base other
     case "$(uname -s)" in
         Linux | Darwin) ;;
         *) fail "$(uname -s): expected Linux, macOS, or on Windows WSL 2" ;;
     esac
-    command -v "$base" >/dev/null || fail "no program $base, expected Python 3.11 or newer: $other"
-    found=$("$base" -c 'import sys; print(sys.version.split()[0]); sys.exit(sys.version_info < (3, 11))') ||
-        fail "$base: version ${found:-unknown}, expected Python 3.11 or newer: $other"
+    find_base
     mkdir -p "$(dirname "$venv")"
     lock "$venv.lock" "$base"
     rm -f "$venv/installed.txt"

@@ -4,7 +4,8 @@
     python tools/settings.py check     # of ./run.sh check, which says what is wrong with a GPU
 
 Reads SYSTEM, NPROC, RUN_ID, PRESET and all hyperparameters from the environment. One that is wrong
-gives one line, which names it, and exit status 1.
+gives one line, which names it, and exit status 1. A variable that looks like a setting and is none
+gives a warning on stderr.
 """
 
 import hashlib
@@ -19,6 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "systems"), str(ROOT / "tools")]
+import misnamed  # noqa: E402  (the paths come first)
+import variables  # noqa: E402
 
 
 def find_script(env) -> Path:
@@ -26,8 +29,7 @@ def find_script(env) -> Path:
     system = env.get("SYSTEM")
     if not system:
         return Path("train_gpt.py")
-    folder = ROOT / "systems"
-    names = sorted(p.stem for p in folder.glob("*.py") if "class Hyperp" in p.read_text("utf-8"))
+    names = [name for name in variables.systems() if name != "record"]
     if system not in names:
         expected = f"expected one of {', '.join(names)}, or nothing for the record"
         raise ValueError(f"SYSTEM={system!r}: {expected}")
@@ -113,8 +115,11 @@ def check_batch(hp, nproc: int) -> None:
 def main(argv: list[str] | None = None) -> int | str:
     try:
         settings = read_settings(os.environ, (argv or sys.argv[1:]) == ["check"])
+        warnings = list(misnamed.warnings(os.environ, ROOT / settings["script"]))
     except (OSError, ValueError) as error:
         return f"run.sh: {error}"
+    for line in warnings:
+        print(f"run.sh: warning: {line}", file=sys.stderr)
     for name, value in settings.items():
         print(f"{'export ' * name.isupper()}{name}={shlex.quote(value)}")
     return 0
