@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from corpus import (
     BOS,
     NORMAL,
@@ -519,6 +520,30 @@ def test_a_tokenizer_without_a_piece_for_a_space_is_refused(folder, check):
     path = folder / "data" / "tokenizer.model"
     path.write_bytes(edit_pieces(model, {space: ("other", NORMAL)}))
     assert "no piece for U+2581 alone" in check(folder).status
+
+
+def test_the_verifier_finds_by_the_log_what_the_run_had(tmp_path):
+    log, text = tmp_path / "run.txt", (ROOT / "logs" / "demo.txt").read_text("utf-8")
+    log.write_text(text)
+    job = verify.parse(["--log", str(log)])
+    verify.fill_in(job)
+    names = ("final_model.int6.ptz", "data/datasets/demo", "data/tokenizers/demo_1024_bpe.model")
+    assert (job.artifact, job.data, job.tokenizer) == tuple(map(Path, names))
+    assert job.script == ROOT / "train_gpt.py"
+    log.write_text(text.replace("\n  system: record\n", "\n  system: crawler\n"))
+    job = verify.parse(["own.ptz", "--log", str(log)])
+    verify.fill_in(job)
+    assert (job.artifact, job.data) == (Path("own.ptz"), Path(names[1]))
+    assert job.script == ROOT / "systems" / "crawler.py"
+
+
+def test_the_verifier_needs_files_or_a_log(capsys):
+    with pytest.raises(SystemExit):
+        verify.parse(["own.ptz", "--data", "data"])
+    assert "expected an artifact, --data and --tokenizer, or the --log" in capsys.readouterr().err
+    assert verify.main(["--log", "nosuch.txt"]) == (
+        "verify: error: nosuch.txt: no such file, expected the log of a run"
+    )
 
 
 @pytest.mark.parametrize("option", ["--nproc", "--normalisation-tokens"])

@@ -1,6 +1,7 @@
 """Verify a packed artifact from outside: the program runs as a process, nothing of it is imported
 or believed.
 
+    python tools/verify.py --log logs/RUN.txt    # the artifact, text and system of this run
     python tools/verify.py final_model.int6.ptz --data FOLDER --tokenizer MODEL
     python tools/verify.py ... --log logs/RUN.txt --submission submission.json --scores scores.npz
     python tools/verify.py ... --train-script systems/NAME.py    # takes along what it imports
@@ -861,9 +862,9 @@ def parse(argv: list[str] | None = None) -> SimpleNamespace:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     add, root = parser.add_argument, Path(__file__).resolve().parent.parent
-    add("artifact", type=Path)
-    add("--data", type=Path, required=True, help="folder with fineweb_val_*.bin")
-    add("--tokenizer", type=Path, required=True)
+    add("artifact", type=Path, nargs="?", help="this and the next three: else as the log has them")
+    add("--data", type=Path, help="folder with fineweb_val_*.bin")
+    add("--tokenizer", type=Path)
     add("--train-script", type=Path, dest="script", default=root / "train_gpt.py")
     add("--log", type=Path, dest="log_path", help="logs/RUN.txt of the run")
     add("--submission", type=Path, dest="submission_path", help="its submission.json")
@@ -879,7 +880,24 @@ def parse(argv: list[str] | None = None) -> SimpleNamespace:
     add("--cuda-mean", type=amount, default=CUDA_MEAN, help="nats")
     add("--cuda-size", type=amount, default=CUDA_SIZE, help="nats")
     add("--normalisation-tolerance", type=amount, default=1e-4, help="of a sum of probabilities")
-    return SimpleNamespace(**vars(parser.parse_args(argv)))
+    job = SimpleNamespace(**vars(parser.parse_args(argv)))
+    if None in (job.artifact, job.data, job.tokenizer) and not job.log_path:
+        parser.error("expected an artifact, --data and --tokenizer, or the --log that names them")
+    return job
+
+
+def fill_in(job) -> None:
+    """What was not given, as the run in the log had it. Raises: OSError, ValueError."""
+    if None not in (job.artifact, job.data, job.tokenizer):
+        return
+    with using(job.log_path, "the log of a run"):
+        settings = logs.choose(job.log_path, logs.read_runs(job.log_path))[0].settings
+        names = dict(artifact="artifact", data="data_path", tokenizer="tokenizer_path")
+        for own, name in names.items():
+            setattr(job, own, getattr(job, own) or Path(settings[name]))
+        system = settings["system"]
+    if job.script.name == "train_gpt.py" and re.fullmatch(r"\w+", system) and system != "record":
+        job.script = job.script.with_name("systems") / f"{system}.py"
 
 
 def main(argv: list[str] | None = None) -> int | str:
@@ -887,6 +905,7 @@ def main(argv: list[str] | None = None) -> int | str:
     input that cannot be used."""
     job = parse(argv)
     try:
+        fill_in(job)
         with stoppable():
             passed = verify(job)
     except (OSError, ValueError) as error:
