@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ./run.sh        set up, get data, train, quantize, pack, score, verify, write submission.json, draw plots/
+# ./run.sh        set up, get data, train, quantize, pack, score, verify, write submission.json, draw plots/, sum up
 # ./run.sh check  set up, get data, then forecast from a few steps whether the run would end well here, and when
 # ./run.sh test   set up, then run the tests on all cores; ./run.sh test slow: the long form of tests/gpuless
 # HELP=1 ./run.sh prints every setting with its default
@@ -85,7 +85,9 @@ fi
 # so that it can be stopped and resumed; the record's run, 8 ranks, is the script itself unless asked
 start=(tools/resumable.py "$script")
 [ "$nproc${CHECKPOINT_EVERY:-}${RESUME:-}" != 8 ] || start=("$script")
+began=$SECONDS
 supervise shown "${launch[@]}" "${start[@]}"
+ran=$((SECONDS - began))
 
 log=logs/$RUN_ID
 left="; $artifact and $log.txt are complete, but not verified and recorded"
@@ -94,7 +96,11 @@ verify() {
         --train-script "$script" --log "$log.txt" | tee -i "$log.verify.txt"
 }
 supervise verify
+verified=$((SECONDS - began - ran))
 supervise "$python" tools/record.py "$log.txt" --verified "$log.verify.txt"
 left='; the run is complete, but not all pictures of it are drawn'
 supervise "$python" tools/plot.py "$log.txt" ||
     echo "run.sh: the run is complete, but no pictures of it were drawn" >&2
+left="; the run is complete, but not summed up"
+sum_up() { echo; "$python" tools/summary.py "$log.txt" --program-took "$ran" --verifier-took "$verified"; }
+supervise sum_up || echo "run.sh: the run is complete, but not summed up" >&2

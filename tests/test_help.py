@@ -118,7 +118,7 @@ def test_the_page_fits_the_terminal(system, width):
 def test_what_other_files_read_is_on_the_page():
     shell = [ROOT / "run.sh", *(ROOT / "tools").glob("*.sh")]
     read = re.findall(r"\$\{([A-Z][A-Z_0-9]+):?-", "".join(p.read_text("utf-8") for p in shell))
-    started = ("settings", "check", "resumable", "ranks", "verify", "record")
+    started = ("settings", "check", "resumable", "ranks", "verify", "record", "summary")
     tools = [ROOT / "tools" / f"{name}.py" for name in started] + [ROOT / "data" / "prepare.py"]
     pattern = r"""env(?:iron)?(?:\.get\(|\[)["']([A-Z][A-Z_0-9]+)["']"""
     read += re.findall(pattern, "".join(path.read_text("utf-8") for path in tools))

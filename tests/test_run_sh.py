@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -111,6 +112,7 @@ STUBS = {
     "tools/verify.py": VERIFY,
     "tools/record.py": "open('submission.json', 'w').write('new')",
     "tools/plot.py": "import sys; print('plot:', *sys.argv[1:])",
+    "tools/summary.py": "import sys; print('summed up:', *sys.argv[1:])",
     "tools/help.py": "import sys; print('help by', sys.executable)",
     "tools/resumable.py": RESUMABLE,
     "tools/screen.py": SCREEN,
@@ -218,12 +220,16 @@ def refused(result, message: str, status: int = 1) -> bool:
 def test_a_run_trains_verifies_and_records(folder):
     result = run_sh(folder)
     assert result.returncode == 0 and not result.stderr
-    assert result.stdout.splitlines() == [
+    *lines, summary = result.stdout.splitlines()
+    assert lines == [
         "run.sh: an earlier submission.json is now submission.json.old",
         "resumable train_gpt.py",
         "verify: all passed",
         "plot: logs/run.txt",
+        "",
     ]
+    took = r"--program-took \d --verifier-took \d"
+    assert re.fullmatch(rf"summed up: logs/run\.txt {took}", summary)
     files = content(folder)
     assert files["submission.json"] == "new" and files["submission.json.old"] == "old"
     assert files["logs/run.verify.txt"] == "verify: all passed\n"
@@ -250,6 +256,24 @@ def test_a_run_that_cannot_be_drawn_is_complete(folder, fault):
     assert result.returncode == 0 and content(folder)["submission.json"] == "new"
     line = "run.sh: the run is complete, but no pictures of it were drawn\n"
     assert result.stderr == "plot: error: no disk\n" * ("disk" in fault) + line
+
+
+def test_a_summary_that_fails_fails_no_run(folder):
+    write(folder / "tools/summary.py", "raise SystemExit('summary: no text')")
+    result = run_sh(folder)
+    assert result.returncode == 0 and content(folder)["submission.json"] == "new"
+    assert result.stderr.splitlines() == [
+        "summary: no text",
+        "run.sh: the run is complete, but not summed up",
+    ]
+
+
+@pytest.mark.parametrize("program", ["train_gpt.py", "tools/verify.py", "tools/record.py"])
+def test_what_was_refused_is_not_summed_up(folder, program):
+    write(folder / program, "raise SystemExit('refused')")
+    result = run_sh(folder)
+    assert result.returncode == 1 and result.stderr == "refused\n"
+    assert "summed up" not in result.stdout
 
 
 @pytest.mark.parametrize("arguments", [[], ["check"], ["test"]])
