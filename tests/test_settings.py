@@ -107,10 +107,6 @@ def test_variables_of_others_are_passed_over(where, system):
     assert len(names) > 20 and warnings(*names, system=system) == []
 
 
-def test_this_environment_is_passed_over():
-    assert list(misnamed.warnings(os.environ, SCRIPTS["record"])) == []
-
-
 @pytest.mark.parametrize("system", sorted(SCRIPTS))
 def test_no_setting_of_the_system_is_warned_of(system):
     names = variables.names_of(SCRIPTS[system]) | {v.name for v in variables.OTHERS}
