@@ -21,7 +21,9 @@ MODULES = {path.stem: path.stem for path in (ROOT / "systems").glob("*.py")}
 MODULES = {"record": "train_gpt"} | {k: v for k, v in MODULES.items() if k != "parts"}
 CASES = [(system, preset) for system in sorted(MODULES) for preset in ("record", "demo")]
 # of a shell, of launchers, or put into the environment by run.sh itself
-NOT_SETTINGS = {"BASH_VERSION", "HOME", "SECONDS", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"}
+# of the shell, of torchrun and of libraries
+NOT_SETTINGS = {"BASH_VERSION", "HOME", "SECONDS", "TMPDIR", "MPLCONFIGDIR"}
+NOT_SETTINGS |= {"LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"}
 
 
 def class_of(system: str) -> type:

@@ -221,9 +221,8 @@ def test_each_next_step_is_one_command_that_a_shell_reads(folder):
     assert found["submit"][2:] == [
         ".venv/bin/python",
         "tools/record.py",
+        "folder",
         "logs/my run.txt",
-        "--verified",
-        "logs/my run.verify.txt",
     ]
     assert commands(page(write_log(folder)))["submit"] == ["./run.sh"]
 

@@ -24,11 +24,11 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "data")]  # not there with PYTHO
 import dataset  # noqa: E402  (the paths come first)
 import prepare  # noqa: E402
 import record  # noqa: E402
+from rules import SIZE_LIMIT  # noqa: E402
 
 import logs  # noqa: E402
 
 WIDTH, LABEL = 80, 14  # columns
-SIZE_LIMIT = 16_000_000  # bytes of artifact and code
 SETTINGS = ("artifact", "data_path", "tokenizer_path")  # that are looked up
 # bytes of text for the compressors: 4 s on one core, and 0.05 bits per byte above what 4 MB need
 COMPRESSED = 2_000_000
@@ -183,6 +183,7 @@ def files(job: Job) -> str:
     logged = [".verify"] if job.verifier_log.is_file() else []
     found += [str(job.log.with_suffix("")) + braced(logged) + job.log.suffix]
     found += [path for path in [settings.get("scores", "")] if path and Path(path).is_file()]
+    found += [f"plots/{job.log.stem}.*"] if any(Path("plots").glob(f"{job.log.stem}.*")) else []
     return " ".join(found)
 
 
@@ -202,8 +203,7 @@ def is_submitted(job: Job) -> bool:
 def next_steps(job: Job) -> dict[str, list[str]]:
     """A command each, in words."""
     python, log, f = relative(sys.executable), str(job.log), job.figures
-    submit = ["AUTHOR=NAME", "GITHUB_ID=ID", python, "tools/record.py", log]
-    submit += ["--verified", str(job.verifier_log)]
+    submit = ["AUTHOR=NAME", "GITHUB_ID=ID", python, "tools/record.py", "folder", log]
     elsewhere = ["./run.sh", "# on 8 H100, where it takes the official text"]
     return {
         "submit": submit if f["official"] else elsewhere,
