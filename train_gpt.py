@@ -826,7 +826,7 @@ class GPT(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:  # softcapped logits, float32
         cap = self.hp.logit_softcap
-        return cap * self.lm_head(norm(x)).float().div_(cap).tanh_()
+        return cap * torch.tanh(self.lm_head(norm(x)).float() / cap)
 
     def new_cache(self, rows: int) -> Cache:  # of texts not begun
         device, layers = self.tok_emb.weight.device, []
@@ -1201,7 +1201,7 @@ def validate(model, validation, plan: Plan, label: str, learner=None, timing="")
     log.info(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {timing}")
     return dict(val_loss=loss, val_bpb=bpb, seconds=seconds, nats=nats, count=count)
 
-# --- 11. Test-time training ----------------------------------------
+# --- 11. Test-time training -----------------------------------
 class LoraTTT:
     """#1787: each row of a stream has adapters on every Linear; after each chunk is scored, they
     take a step of AdamW on it: a score is final before anything is learned from it. Where a

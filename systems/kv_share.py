@@ -30,7 +30,7 @@ class Hyperparameters(train_gpt.Hyperparameters):
     ngram_dim: int = bounded(112, 2)
 
     ttt: str = "sgd"  # see parts.SgdTTT; "" = nothing is learned
-    ttt_lr: float = 0.005
+    ttt_lr: float = 0.005  # of SGD
     ttt_epochs: int = bounded(3, 1)  # over each chunk
     ttt_chunk_tokens: int = bounded(32_768, 1)  # of a step, in rows of TRAIN_SEQ_LEN
     ttt_freeze_blocks: int = 2  # the first ones, which keep their weights

@@ -153,3 +153,13 @@ def test_it_needs_neither_an_installation_nor_a_library(tmp_path):
     assert "  LOOP_BITS=8 " in said.stdout and os.listdir(tmp_path) == ["python"]
     said = subprocess.run([str(ROOT / "run.sh")], env=env | dict(PYTHON="/nonexistent"), **options)
     assert said.returncode == 1 and "no program /nonexistent" in said.stderr and not said.stdout
+
+
+def test_every_hyperparameter_has_a_meaning_in_one_place():
+    """The comment behind it or, if it has none, a line of MEANINGS."""
+    commented = {}
+    for script in variables.systems().values():
+        commented |= variables.comments_of(script)[0]
+        for variable in variables.hyperparameters(script):
+            assert variable.meaning and not variable.meaning.startswith("expected"), variable
+    assert commented.keys().isdisjoint(variables.MEANINGS)

@@ -30,6 +30,50 @@ class Variable(NamedTuple):
     group: str
 
 
+# Of hyperparameters whose name is enough beside the source, which has no comment on them.
+MEANINGS = {
+    "seed": "of weights, random tokens and adapters",
+    "eval_only": "1: score ARTIFACT, train nothing",
+    "data_path": "folder of the shards, fineweb_train_*.bin and fineweb_val_*.bin",
+    "tokenizer_path": "SentencePiece model that the shards were made with",
+    "vocab_size": "pieces of the tokenizer",
+    "train_seq_len": "tokens of a row",
+    "model_dim": "width of the residual stream",
+    "mlp_mult": "hidden width of an MLP, in MODEL_DIM",
+    "gdn_heads": "heads of Gated DeltaNet",
+    "gdn_head_dim": "width of its keys and values",
+    "num_heads": "heads of attention",
+    "num_kv_heads": "of these, with keys and values of their own",
+    "head_dim": "width of a head of attention",
+    "rope_base": "base of the rotary frequencies",
+    "qk_gain_init": "start of the gain of queries, one a head",
+    "tied_embed_init_std": "of the embedding, which is the output head too",
+    "logit_softcap": "c in c tanh(logits / c)",
+    "matrix_lr": "peak learning rate of matrices, by Muon",
+    "muon_momentum": "after its warm-up",
+    "muon_momentum_warmup_start": "momentum of the first step",
+    "muon_backend_steps": "Newton-Schulz steps, with the coefficients of Polar Express",
+    "muon_wd": "weight decay of matrices",
+    "tied_embed_lr": "peak learning rate of the embedding, by AdamW",
+    "embed_wd": "weight decay of the embedding",
+    "scalar_lr": "peak learning rate of all other parameters, by AdamW",
+    "beta1": "of AdamW",
+    "beta2": "of AdamW",
+    "adam_eps": "of AdamW",
+    "train_log_every": "steps; the first ten are logged too",
+    "matrix_bits": "bits of a quantized weight of a matrix",
+    "matrix_clip_sigmas": "clipped at so many standard deviations of its row: mixers",
+    "mlp_clip_sigmas": "and MLPs",
+    "embed_bits": "bits of a quantized weight of the embedding",
+    "embed_clip_sigmas": "as MATRIX_CLIP_SIGMAS, of the embedding",
+    "eval_stride": "tokens that a sliding window scores",
+    "ttt_lora_lr": "learning rate of the adapters, by AdamW",
+    "ttt_lora_rank": "rank of an adapter",
+    "ttt_lora_alpha": "scale of an adapter, in units of its rank",
+    "ttt_lora_wd": "weight decay of the adapters",
+    "ngram_dim": "width of an entry of the n-gram table",
+}
+
 # Of run.sh and what it starts. Some are hyperparameters, too: here is what run.sh makes of them.
 OTHERS = [
     Variable(*row, "run.sh and tools")
@@ -47,7 +91,12 @@ OTHERS = [
         ("HELP", "0", "0 or 1", "prints this and ends"),
         ("VENV", ".venv", "folder", "virtual environment, made if it is not there"),
         ("PYTHON", "python3", "program", "Python 3.11 or newer that makes VENV"),
-        ("PIP_EXTRA_INDEX_URL", "", "URL", "of pip; where PyTorch without CUDA is, see README.md"),
+        (
+            "PIP_EXTRA_INDEX_URL",
+            "",
+            "URL",
+            "of pip; without it torch for CPUs where there is no GPU",
+        ),
         ("HF_TOKEN", "", "text", "of the hub, for data behind its terms"),
         ("HF_ENDPOINT", "", "URL", "of the hub or a mirror"),
         ("MATCHED_FINEWEB_REPO_ID", "", "OWNER/NAME", "dataset on the hub that is downloaded"),
@@ -187,7 +236,7 @@ def hyperparameters(script: Path, preset: str = "record") -> list[Variable]:
         value = given.get(f.name, f.default)
         default = "<anew>" if value is MISSING else as_text(value)
         notes = [
-            meanings.get(f.name, ""),
+            meanings.get(f.name, MEANINGS.get(f.name, "")),
             *(f"expected {x}" for name, x in rules if name == f.name),
         ]
         meaning = "; ".join(filter(None, notes))
