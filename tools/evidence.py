@@ -153,7 +153,7 @@ def table_of_the_demo() -> Iterator[str]:
     scores = "last weights", "their average", "int6", "artifact, final pass"
     yield head("", "steps", "training, final pass", *scores, "artifact + code, bytes", "verifier")
     yield row(
-        f"{parameters:,} parameters, seed {f['seed']}",
+        f"{parameters:,} parameters, seed {f['seed']}, {f['bytes']:,} bytes of text",
         f"{f['step_stop']:,}",
         f"{int(last) / 1000:.0f} s, {f['eval_time_seconds']:.0f} s",
         f"{f['raw_val_bpb']:.4f}",
@@ -168,7 +168,7 @@ def table_of_the_demo() -> Iterator[str]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Sizes
+# Sizes and speed
 
 
 def table_of_sizes() -> Iterator[str]:
@@ -183,6 +183,14 @@ def table_of_sizes() -> Iterator[str]:
         layout = f"`{bench.module_of(name).Hyperparameters().layout}`"
         megabytes = f"{number(estimate) / 1e6:.2f} MB"
         yield row(system(name), layout, bench.PUBLISHED[name], parameters, megabytes)
+
+
+def table_of_speed() -> Iterator[str]:
+    """The delta rule on a CPU, against fla's plain chunk function."""
+    shape = find(r"^gated_delta_rule (.*), forward \+ backward, cpu", "bench_delta.txt")[1]
+    times = find(r"ours ([\d.]+) ms .* ([\d.]+) ms  ratio ([\d.]+)x", "bench_delta.txt").groups()
+    yield head("forward and backward on a CPU", "ours", "fla's", "times as fast")
+    yield row(f"`{shape}`", f"{times[0]} ms", f"{times[1]} ms", times[2])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -317,6 +325,7 @@ BLOCKS = dict(
     commands=commands,
     demo=table_of_the_demo,
     sizes=table_of_sizes,
+    speed=table_of_speed,
     graphs=table_of_graphs,
     floors=table_of_floors,
     savings=table_of_savings,
@@ -354,7 +363,8 @@ def stale(text: str) -> Iterator[str]:
         stands, true = quoted.splitlines(), block(name).splitlines()
         if len(stands) != len(true):
             yield f"{name}: {len(stands)} lines, by the logs {len(true)}"
-        for ours, theirs in zip(stands, true, strict=False):
+            continue
+        for ours, theirs in zip(stands, true, strict=True):
             pairs = zip(cells(ours), cells(theirs), strict=False)
             label = next(filter(None, cells(theirs)), "")
             yield from (f"{name}: {label}: {a!r}, by the logs {b!r}" for a, b in pairs if a != b)

@@ -8,10 +8,11 @@
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.."
 root=$PWD
-targets=(demo size graphs floor kernels faults tests)
+targets=(demo size delta graphs floor kernels faults tests)
 declare -A makes=(
     [demo]="demo.check.txt demo.txt demo.verify.txt"
     [size]=bench_cpu.txt
+    [delta]=bench_delta.txt
     [graphs]=gpuless_graphs.txt
     [floor]=floor.txt
     [kernels]=gpuless_kernels.txt
@@ -60,12 +61,8 @@ make_demo() {
     note demo.txt $((SECONDS - start)) "RUN_ID=demo ./run.sh"
     note demo.verify.txt - "tools/verify.py, by ./run.sh"
 }
-sizes() { "$python" tools/bench.py --delta; "$python" tools/bench.py --size; }
-make_size() {
-    local start=$SECONDS
-    sizes >logs/bench_cpu.txt
-    note bench_cpu.txt $((SECONDS - start)) "python tools/bench.py --delta; python tools/bench.py --size"
-}
+make_size() { printed bench_cpu.txt "$python" tools/bench.py --size; }
+make_delta() { printed bench_delta.txt "$python" tools/bench.py --delta; }
 make_graphs() { printed gpuless_graphs.txt "$python" tests/gpuless/graphs.py --full; }
 make_floor() { printed floor.txt "$python" tools/floor.py --fast; }
 make_kernels() {
@@ -109,10 +106,10 @@ take_back() {
     done
 }
 
-# clean COMMAND...: with the variables that say where things are, and no others
+# clean COMMAND...: with the variables that say where things are, and how busy the cores, and no others
 clean() {
     local name kept=()
-    for name in HOME PATH TMPDIR LANG "${!PIP_@}"; do
+    for name in HOME PATH TMPDIR LANG OMP_NUM_THREADS GOMP_SPINCOUNT "${!PIP_@}"; do
         [ -z "${!name:-}" ] || kept+=("$name=${!name}")
     done
     env -i "${kept[@]}" VENV="$venv" PYTHON="${PYTHON:-python3}" CUDA_VISIBLE_DEVICES= "$@"
