@@ -27,6 +27,10 @@ def script(tmp_path, monkeypatch):
     return path
 
 
+def test_the_readme_is_read_in_minutes():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
 def test_the_example_is_as_short_as_its_title_says(script):
     lines = [line for line in script.read_text().splitlines() if line.strip()]
     code = [line for line in lines if not re.match(r"import|from|if __name__|    train_gpt", line)]
