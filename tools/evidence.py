@@ -136,7 +136,7 @@ def commands() -> Iterator[str]:
     yield row(
         "`./run.sh`",
         took("demo.txt"),
-        f"`{final}`; `{checks}`; a summary; pictures in `plots/`",
+        f"`{final}`; `{checks}`; pictures in `plots/`; a summary",
     )
     yield row("`./run.sh test`", took("tests.txt"), suite)
 
