@@ -85,7 +85,7 @@ def a_new_document_ends_the_cache(p: Program) -> None:
 # Bugs
 
 PLAIN = "if plain else int(not is_boundary)"
-PATHS = '        names = [f"fineweb_{split}_{i:06d}.bin" for i in range(max(1, len(self.paths)))]\n'
+PATHS = '        wanted = {f"fineweb_{split}_{i:06d}.bin" for i in range('
 VAL_IDS = "        ids = stream.read(0, len(stream))\n"
 EMBEDDED = "        x = x0 = self.embed("
 WINDOWS = "    units = [[Reading(max(0, end - T), end, first)] for first, end in ends]\n"

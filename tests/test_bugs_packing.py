@@ -186,7 +186,7 @@ def the_log_and_the_artifact_say_what_runs(p: Program) -> None:
 HESSIAN = "if hessians is None else hessians[name]\n"
 OR_NONE = "if hessians is None else hessians.get(name, torch.eye(W.shape[1]))\n"
 OF_MATRICES = "for name, p in model.named_parameters() if model.kinds[name] != SCALAR}"
-QUANTIZE = "for name, W in model.named_parameters():"
+QUANTIZE = "for name, W in model.named_parameters() if"
 QUANTIZED = "    quantized = quantize(model, hessians)\n"
 LOADED = "eval_seq_len=hp.eval_seq_len)  # what full attention sees\n"
 RETURN_MODEL = "    return model.to(device), hp\n"

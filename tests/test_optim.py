@@ -367,7 +367,7 @@ class Run:
         def validate(*_, **__):
             self.now += 3600.0
             self.validations += 1
-            return dict(val_bpb=1.0)
+            return dict(val_bpb=1.0, seconds=3600.0)
 
         stream = train_gpt.TokenStream(str(tmp_path), "train", hp.vocab_size)
         validation = SimpleNamespace(tokens=torch.from_numpy(tokens[:200]))

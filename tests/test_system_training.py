@@ -136,7 +136,7 @@ def train(name, hp, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_gpt, "accumulate", spied_accumulate)
     monkeypatch.setattr(Muon, "step", spied_step)
-    monkeypatch.setattr(train_gpt, "validate", lambda *_, **__: dict(val_bpb=1.0))
+    monkeypatch.setattr(train_gpt, "validate", lambda *_, **__: dict(val_bpb=1.0, seconds=0.0))
     audit = train_gpt.Audit()
     stream = train_gpt.TokenStream(str(tmp_path), "train", hp.vocab_size)
     validation = SimpleNamespace(tokens=torch.tensor(tokens[:100]))

@@ -74,7 +74,10 @@ CONTEXTS = [[63], *(list(range(*ends)) for ends in pairwise((1, 4, 6, 8, 12, 18,
 
 STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
-INHERITED = re.compile("PATH|HOME|TMPDIR|LANG|USER|LD_LIBRARY_PATH|(OMP|MKL)_NUM_THREADS")
+INHERITED = re.compile(  # the last three change speed alone, see run.sh
+    "PATH|HOME|TMPDIR|LANG|USER|LD_LIBRARY_PATH|(OMP|MKL)_NUM_THREADS|GOMP_SPINCOUNT"
+    "|MALLOC_(MMAP_MAX|TRIM_THRESHOLD)_"
+)
 SETTINGS = dict(
     setting.split("=")
     for setting in (
