@@ -59,6 +59,21 @@ def test_nothing_is_said_of_training_before_its_settings():
     assert screen.Reader().stage(TRAINING) is None
 
 
+def test_of_the_demo_it_says_how_long_the_run_takes():
+    reader = screen.Reader()
+    for line in ["  system: record", "  preset: demo", *SETTINGS.format(clock=0.0).splitlines()]:
+        assert reader.stage(line) is None and reader.forecast(line) is None
+    step = "step:{}/300 train_loss:4.5678 train_time:6000ms step_avg:600.00ms"
+    assert reader.forecast(step.format(9)) is None
+    told = f"{(300 + screen.REST) * 0.6 / 60:.0f} min"
+    assert (
+        reader.forecast(step.format(10))
+        == f"screen: the run takes about {told} here, with all checks"
+    )
+    reader.stage("  system: crawler")
+    assert reader.forecast(step.format(10)) is None
+
+
 def test_between_lines_it_goes_on_but_does_not_arrive():
     stage = screen.Stage("scoring", 0.25, 3.0, "", "")
     assert str(stage.at(3.0)) == "scoring 50%: 00:06 left"

@@ -22,9 +22,13 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 EVERY = 30.0  # seconds
+# What comes after the training of the record's demo, in steps of it, and at which step it is told:
+# 4 s of Hessians, 25 of the final pass, 15 of other scoring and 113 of the verifier beside steps
+# of 0.50 s
+REST, TELL_AT = 320, 10
 NAMES = {"targets": "scoring", "gptq": "quantizing"}  # of passes, as they are logged
 
-SETTING = re.compile(r"^  (\w+): (\d+(?:\.\d+)?)$")
+SETTING = re.compile(r"^  (\w+): (\S+)$")
 STEP = re.compile(r"^step:(\d+)/\d+ train_loss:(\S+) train_time:(\d+)ms")
 PASS = re.compile(r"^(\w+):(\d+)/(\d+) time:(\d+)s$")
 
@@ -60,21 +64,31 @@ class Reader:
         """What the line says of a stage, if anything."""
         try:
             if match := SETTING.match(line):
-                self.settings[match[1]] = float(match[2])
+                self.settings[match[1]] = match[2]
             elif match := STEP.match(line):
                 return self.training(int(match[1]), match[2], int(match[3]) / 1000)
             elif match := PASS.match(line):
                 return self.a_pass(match[1], *(int(number) for number in match.groups()[1:]))
-        except (LookupError, ZeroDivisionError):  # nothing is known yet
+        except (ArithmeticError, LookupError):  # nothing is known yet
             pass
         return None
 
+    def forecast(self, line: str) -> str | None:
+        """Of that demo, once: how long the whole run takes."""
+        match, run = STEP.match(line), [self.settings.get(name) for name in ("system", "preset")]
+        if not match or int(match[1]) != TELL_AT or run != ["record", "demo"]:
+            return None
+        steps = float(self.settings["iterations"]) + REST
+        minutes = steps * int(match[3]) / int(match[1]) / 60_000
+        return f"screen: the run takes about {minutes:.0f} min here, with all checks"
+
     def training(self, step: int, loss: str, seconds: float) -> Stage:
         """By steps or by the clock, whichever ends it first."""
-        limit = self.settings["max_wallclock_seconds"]
-        budget = limit - self.settings["gptq_reserve_seconds"] if limit else math.inf
-        share = min(1.0, max(step / self.settings["iterations"], seconds / budget))
-        rate = f"{self.settings['train_batch_tokens'] * step / seconds:,.0f} tokens/s"
+        names = "iterations train_batch_tokens max_wallclock_seconds gptq_reserve_seconds".split()
+        iterations, batch, limit, reserve = (float(self.settings[name]) for name in names)
+        budget = limit - reserve if limit else math.inf
+        share = min(1.0, max(step / iterations, seconds / budget))
+        rate = f"{batch * step / seconds:,.0f} tokens/s"
         return Stage("training", share, seconds, f"step {step}, loss {loss}", rate)
 
     def a_pass(self, name: str, done: int, total: int, seconds: int) -> Stage:
@@ -144,6 +158,8 @@ def show(screen: Terminal | File) -> None:
             screen.tick()
         elif not text.startswith("figures: {"):
             screen.line(text, reader.stage(text))
+            if told := reader.forecast(text):
+                screen.line(told, None)
     screen.close()
 
 
