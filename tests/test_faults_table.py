@@ -27,6 +27,7 @@ PROGRAMS = {  # where the lines of each come from
     "repack.py": ["tools/repack.py", "tools/packed.py"],
     "resumable.py": ["tools/resumable.py", "tools/packed.py"],
     "run.sh": ["run.sh", "tools/*.sh", *LAUNCHING, "train_gpt.py"],
+    "seeds.sh": ["tools/seeds.sh"],
     "summary.py": ["tools/summary.py", "tools/logs.py"],
     "check.py": ["tools/check.py", "train_gpt.py"],
 }
