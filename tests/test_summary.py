@@ -91,7 +91,11 @@ def test_seconds_that_only_run_sh_knows_are_left_out(folder):
 @pytest.mark.parametrize(
     "figures, lines, start",
     [
-        (dict(official=True), [], "Official validation split: record, 251 steps"),
+        (
+            dict(official=True),
+            [],
+            f"Official validation split: record, {FIGURES['step_stop']} steps",
+        ),
         (dict(official=True), ["resumed: x"], "Official split, but no score to claim (resumed): "),
         (
             dict(official=True, eval_time_seconds=601.0),
