@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-# --- 1. Hyperparameters ---------------------------------------
+# --- 1. Hyperparameters -----------------------------------
 # what EVAL_ONLY may set: how an artifact is scored
 SCORING = re.compile(r"run_id|seed|artifact|scores|(data|tokenizer)_path|(eval|ttt|val_batch).*")
 
@@ -171,8 +171,8 @@ class Hyperparameters:
                 raise Refused(f"{name}={text!r}: expected {before!r}, as the artifact has it")
             setattr(hp, f.name, value)
 
-        each(override, [f for f in fields(cls) if f.name != "preset" and f.name.upper() in env])
-        hp.validate()
+        given = [f for f in fields(cls) if f.name != "preset" and f.name.upper() in env]
+        each(lambda check: check(), (lambda: each(override, given), hp.validate))
         return hp
 
     def validate(self) -> None:
@@ -252,7 +252,7 @@ def parse_layout(layout: str, kinds: str = "GSA"):
         order += [*range(first, len(blocks))] * int(passes or 1)
     return blocks, order
 
-# --- 2. Ranks and log -----------------------------------------
+# --- 2. Ranks and log -------------------------------------
 class World:
     """The ranks of this run, this process among them, and where it computes."""
     def __init__(self, env):
@@ -329,7 +329,7 @@ def paced(what: str, items, total: int):
             told = now
         yield item
 
-# --- 3. Byte accounting ---------------------------------------
+# --- 3. Byte accounting -----------------------------------
 BOS_ID = 1  # starts every document
 
 def build_sentencepiece_luts(sp: spm.SentencePieceProcessor, vocab_size: int, device):
@@ -359,7 +359,7 @@ def token_bytes(luts, prev_ids: Tensor, target_ids: Tensor) -> Tensor:
     base_bytes, has_leading_space, is_boundary = luts
     return base_bytes[target_ids] + (has_leading_space[target_ids] & ~is_boundary[prev_ids])
 
-# --- 4. Shards ------------------------------------------------
+# --- 4. Shards --------------------------------------------
 HEADER_BYTES = 256 * 4
 MAGIC_AND_VERSION = [20240520, 1]  # of the competition's shards
 
@@ -463,7 +463,7 @@ class TrainLoader:
         self.pool.shutdown()
         self.stream.shards.clear()
 
-# --- 5. Kernels -----------------------------------------------
+# --- 5. Kernels -------------------------------------------
 # The only computations that differ on CUDA. Plain torch is the CPU path and the tests' oracle.
 def gated_delta_rule(q, k, v, g, beta, initial_state=None) -> tuple[Tensor, Tensor]:
     """S <- exp(g) S; S <- S + beta k (v - S^T k)^T; o = S^T q / sqrt(K), per token and head
@@ -570,7 +570,7 @@ def varlen_window_attention(q, k, v, window: int, doc: Tensor, most: int) -> Ten
                     window_size=(window - 1 if window < T else -1, 0), enable_gqa=True)
     return y.unflatten(0, (B, T))
 
-# --- 6. Model -------------------------------------------------
+# --- 6. Model ---------------------------------------------
 # Log decay at a document's first token: exp(-60) of the old state is nothing in float32, and fla's
 # sums of decay lose only 1e-5.
 RESET_LOG_DECAY = -60.0
@@ -883,7 +883,7 @@ def accumulate(model: GPT, batch: list) -> Tensor:
             total += loss.detach()
     return total
 
-# --- 7. Optimizer ---------------------------------------------
+# --- 7. Optimizer -----------------------------------------
 # optimal_composition(l=1e-3, num_iters=5, safety_factor=2e-2, cushion=2), arXiv:2505.16932
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -969,7 +969,7 @@ class Muon:
         count = world.all_reduce(torch.as_tensor(count, device=world.device))
         return count.item() + sum(s["exp_avg"].any().item() for s in self.adamw.state.values())
 
-# --- 8. GPTQ --------------------------------------------------
+# --- 8. GPTQ ----------------------------------------------
 PERCDAMP = 0.01  # of the mean diagonal, added to it
 
 def collect_hessians(model: GPT, batches: list) -> dict:
@@ -1021,7 +1021,7 @@ def quantize(model: GPT, hessians: dict[str, Tensor] | None = None) -> dict:
         quantized[name] = gptq_quantize(W, H, *model.precision(name))
     return quantized
 
-# --- 9. Packing -----------------------------------------------
+# --- 9. Packing -------------------------------------------
 # ARTIFACT_MAGIC, sha256 of what follows, and compressed: length of a JSON text, this text (system
 # and hyperparameters), int8 values of what is quantized, float16 of its scales and of the rest.
 ARTIFACT_MAGIC = b"GDNSWA17"
@@ -1037,7 +1037,7 @@ def save_artifact(path, model: GPT, hp: Hyperparameters, quantized: dict | None 
     halves = [quantized[name][1] if name in quantized else p.detach().half()
               for name, p in model.named_parameters()]
     values = b"".join(x.cpu().numpy().tobytes() for x in ints + halves)
-    log.info(f"brotli: packing {len(head) + len(values)} bytes, some 5 s for each million")
+    log.info(f"brotli: packs {len(head) + len(values)} bytes, 5 s for each million")
     data = brotli.compress(len(head).to_bytes(4, "little") + head + values, quality=11, lgwin=24)
     whole = ARTIFACT_MAGIC + hashlib.sha256(data).digest() + data
     write_whole(path, lambda file: file.write(whole))
@@ -1075,7 +1075,7 @@ def load_artifact(path, device, hp_class=Hyperparameters, model_class=GPT, **cha
             p.copy_(value.view(p.shape))
     return model.to(device), hp
 
-# --- 10. Scoring ----------------------------------------------
+# --- 10. Scoring ------------------------------------------
 class Reading(NamedTuple):  # target i is token i + 1; (0, 0, 0) is nothing
     start: int  # tokens start .. end - 1 are read
     end: int
@@ -1201,7 +1201,7 @@ def validate(model, validation, plan: Plan, label: str, learner=None, timing="")
     log.info(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {timing}")
     return dict(val_loss=loss, val_bpb=bpb, seconds=seconds, nats=nats, count=count)
 
-# --- 11. Test-time training -----------------------------------
+# --- 11. Test-time training -------------------------------
 class LoraTTT:
     """#1787: each row of a stream has adapters on every Linear; after each chunk is scored, they
     take a step of AdamW on it: a score is final before anything is learned from it. Where a
@@ -1268,7 +1268,7 @@ class LoraTTT:
         for _, B, _ in self.adapters.values():
             B.data.mul_(goes_on)
 
-# --- 12. Training ---------------------------------------------
+# --- 12. Training -----------------------------------------
 @dataclass
 class Audit:
     """What only the run can say of itself; tools/verify.py does the rest."""
@@ -1378,7 +1378,7 @@ def train(hp, model, stream: TokenStream, validation, audit):
                           lr_multiplier_at_stop=optimizer.lr_multiplier, trained_order=model.order,
                           last_read_seconds=round(last_read, 3))
 
-# --- 13. Main -------------------------------------------------
+# --- 13. Main ---------------------------------------------
 SIZE_LIMIT = 16_000_000  # bytes, decimal: artifact and code
 SAMPLE_TOKENS = 16_384
 

@@ -255,11 +255,14 @@ def test_a_number_out_of_its_bounds_names_itself(system):
 
 
 def test_all_that_is_wrong_is_told_at_once():
-    """Values that cannot be read; or out of bounds; or that do not fit each other."""
+    """Values that cannot be read, together with those out of bounds or else, where all are in
+    bounds, those that do not fit each other."""
     for env in (
         dict(SEED="x", MATRIX_LR="y", XSA="2"),
         dict(SEED="-1", MATRIX_LR="inf", MODEL_DIM="1"),
         dict(EVAL_MODE="x", ROPE_DIMS="3", SMEAR_DIMS="999", SCORES="a"),
+        dict(SEED="x", MATRIX_LR="inf", BETA1="2"),
+        dict(SEED="x", EVAL_MODE="x", NUM_KV_HEADS="3"),
     ):
         with pytest.raises(train_gpt.Refused) as error:
             Hyperparameters.from_env(env)
