@@ -154,6 +154,27 @@ def test_it_ends_with_the_run_not_by_a_signal(number):
     assert process.returncode == 0
 
 
+def test_a_terminal_that_knows_no_umlaut_gets_the_line():
+    env = dict(os.environ, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    run = subprocess.run(PROGRAM, input="größe\n".encode(), capture_output=True, env=env)
+    assert (run.returncode, run.stdout, run.stderr) == (0, b"gr\\xf6\\xdfe\n", b"")
+
+
+def test_a_fault_of_its_own_ends_no_run():
+    """It reads on, so that whoever writes does not meet a closed pipe."""
+    source = "import screen; screen.Reader.stage = lambda *_: 1 / 0; screen.main()"
+    command = [sys.executable, "-c", source]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(command, cwd=ROOT / "tools", **pipes) as process:
+        for _ in range(40):
+            process.stdin.write(b"line\n" * 10_000)
+            process.stdin.flush()
+        process.stdin.close()
+        error = process.stderr.read()
+    assert process.returncode == 0
+    assert error.startswith(b"screen: ZeroDivisionError") and error.count(b"\n") == 1
+
+
 def test_the_run_goes_on_when_nobody_reads():
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with subprocess.Popen(PROGRAM, **pipes) as process:

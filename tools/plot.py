@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there with PYTHO
 from dataset import Text, one_line, read_file, read_stats, sha256  # noqa: E402  (the path is first)
 from packed import read_packed, read_state, unpack  # noqa: E402
 from page import Page  # noqa: E402
+from rules import SIZE_LIMIT  # noqa: E402
 from scored import Scored  # noqa: E402
 from verify import positive  # noqa: E402
 
@@ -66,7 +67,6 @@ STYLE = {
     "svg.fonttype": "none",  # text is text: small files
     "svg.hashsalt": "plot",
 }
-SIZE_LIMIT = 16_000_000  # artifact and code
 EXACT_BYTES = 2_000_000  # up to here brotli packs as the program does; more takes 1.8 s a MB
 
 

@@ -45,7 +45,7 @@ class Stage(NamedTuple):
     def at(self, seconds: float) -> "Stage":
         """So many seconds later, if it goes on like this."""
         now = self.seconds + seconds
-        share = max(self.share, min(0.999, self.share * now / self.seconds))
+        share = max(self.share, min(0.999, self.share * now / max(self.seconds, 1e-3)))
         return self._replace(share=share, seconds=now)
 
     def __str__(self) -> str:
@@ -151,7 +151,7 @@ class File:
 
 
 def show(screen: Terminal | File) -> None:
-    """stdin, to its end. Raises: OSError if the output is gone."""
+    """stdin, to its end. Raises: OSError when the output is gone."""
     reader = Reader()
     for text in lines(sys.stdin.fileno(), 1.0):
         if text is None:
@@ -166,12 +166,15 @@ def show(screen: Terminal | File) -> None:
 def main() -> None:
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         signal.signal(number, signal.SIG_IGN)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files, on any terminal
     try:
         show((Terminal if sys.stdout.isatty() else File)(sys.stdout))
-    except OSError:
+    except Exception as error:  # no fault of what shows a run may end the run
+        if not isinstance(error, OSError):
+            print(f"screen: {error!r}: the log has what is not shown from here on", file=sys.stderr)
         for _ in lines(sys.stdin.fileno(), 1.0):  # the run must not wait for a reader
             pass
-        os._exit(0)  # nor is anything flushed
+        os._exit(0)  # nothing is flushed into an output that is gone
 
 
 if __name__ == "__main__":
