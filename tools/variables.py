@@ -69,7 +69,7 @@ MEANINGS = {
     "eval_stride": "tokens that a sliding window scores",
     "ttt_lora_lr": "learning rate of the adapters, by AdamW",
     "ttt_lora_rank": "rank of an adapter",
-    "ttt_lora_alpha": "scale of an adapter, in units of its rank",
+    "ttt_lora_alpha": "adapters are scaled by this over their rank",
     "ttt_lora_wd": "weight decay of the adapters",
     "ngram_dim": "width of an entry of the n-gram table",
 }
