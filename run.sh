@@ -54,7 +54,7 @@ fi
 
 [ "${1:-}" = check ] || lock logs/run.lock "$python"
 settings=$("$python" tools/settings.py "$@")
-eval "$settings"  # PRESET RUN_ID script gpus nproc dataset tokenizer artifact source text
+eval "$settings"  # PRESET RUN_ID script gpus nproc threads dataset tokenizer artifact source text
 if [ "$gpus" = 0 ]; then
     # keep freed memory (5 % faster steps); wait briefly, then sleep, for threads that another process holds up (without
     # it a busy core costs most of the speed). For glibc and GNU OpenMP, ignored elsewhere.
@@ -68,7 +68,8 @@ fi
 [ "$nproc" = 8 ] || export EVAL_SECONDS=${EVAL_SECONDS:-0}  # the limit is for 8xH100
 
 launch=("$python")
-[ "$nproc" = 1 ] || launch+=(tools/ranks.py "$nproc")
+[ "$nproc" = 1 ] ||
+    launch=(env "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}" "$python" tools/ranks.py "$nproc")
 if [ "${1:-}" = check ]; then
     rm -f logs/check.env
     supervise "${launch[@]}" tools/check.py || [ -e logs/check.env ]

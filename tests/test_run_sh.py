@@ -59,7 +59,7 @@ touch "${@: -1}/pyvenv.cfg"
 SETTINGS = """
 import os
 print("export RUN_ID=run script=train_gpt.py gpus=0 dataset=data tokenizer=tok artifact=model.ptz")
-print("nproc=" + os.environ.get("NPROC", "1"), "source=--demo")
+print("nproc=" + os.environ.get("NPROC", "1"), "threads=3 source=--demo")
 print("text=" + os.environ.get("TEXT", ""))
 """
 TRAIN = """
@@ -477,6 +477,16 @@ def test_ranks_hear_one_signal_and_no_hangup(folder_with_torch):
     assert sorted(content(folder_with_torch)["saved"].split()) == ["0:15", "1:15"]
 
 
+@pytest.mark.parametrize("env, threads", [({}, "3"), (dict(OMP_NUM_THREADS="5"), "5")])
+def test_each_rank_has_its_share_of_the_cores_unless_told(folder_with_torch, env, threads):
+    tell = 'open("threads" + os.environ["RANK"], "w").write(os.environ["OMP_NUM_THREADS"])'
+    write(folder_with_torch / "train_gpt.py", f"import os; {tell}")
+    result = run_sh(folder_with_torch, NPROC="2", **env)
+    assert result.returncode == 0, result.stderr
+    found = content(folder_with_torch)
+    assert (found["threads0"], found["threads1"]) == (threads, threads)
+
+
 @needs_proc
 def test_a_rank_that_fails_ends_the_run_with_its_status(folder_with_torch):
     result = run_sh(folder_with_torch, FAILING_RANK="1", STATUS="7", NPROC="2")
@@ -876,8 +886,10 @@ def test_a_wrong_setting_gives_one_line(gpus, monkeypatch, capsys, env, message)
 @pytest.mark.parametrize(
     "here, env, preset, nproc",
     [
-        (0, {}, "demo", 1),
-        (0, dict(NPROC="2"), "demo", 2),
+        (0, {}, "demo", 2),
+        (0, dict(NPROC="1"), "demo", 1),
+        (0, dict(TRAIN_SEQ_LEN="2048"), "demo", 1),  # one row, which two ranks cannot share
+        (0, dict(PRESET="record"), "record", 2),
         (1, {}, "record", 1),
         (2, {}, "record", 2),
         (7, {}, "record", 4),
@@ -893,6 +905,14 @@ def test_preset_and_ranks_are_those_of_the_machine(gpus, here, env, preset, npro
     assert found["source"] == ("--demo" if preset == "demo" else "--variant=sp8192")
     text = hashlib.sha256((ROOT / "data/demo.jsonl.zst").read_bytes()).hexdigest()
     assert found["text"] == (text if preset == "demo" else "")
+
+
+@pytest.mark.parametrize(
+    "gpus_here, cores, ranks, threads", [(0, 8, 2, 4), (0, 1, 2, 1), (8, 64, 8, 1)]
+)
+def test_ranks_of_a_cpu_share_its_cores(monkeypatch, gpus_here, cores, ranks, threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    assert settings.count_threads(gpus_here, ranks) == threads
 
 
 def test_there_are_not_more_ranks_than_gpus(gpus):

@@ -55,11 +55,11 @@ def count_gpus(for_check: bool) -> int:
     return torch.cuda.device_count() if usable else 0
 
 
-def count_ranks(env, gpus: int, preset: str) -> int:
-    """NPROC; or 8, 4 or 2 GPUs, which share the batch evenly. Raises: ValueError."""
+def choose_ranks(env, gpus: int, hp) -> int:
+    """NPROC; or 8, 4, 2 or 1 GPUs, or two processes on a CPU. Raises: ValueError."""
     text = env.get("NPROC")
-    if not text:  # the demo's batch is too small to share
-        return max(n for n in (1, 2, 4, 8) if n <= max(gpus, 1) and (n == 1 or preset != "demo"))
+    if not text:
+        return most_ranks(gpus, hp)
     if not re.fullmatch("[1-9][0-9]{0,3}", text):
         raise ValueError(f"NPROC={text!r}: expected a number of processes, 1 or more")
     if gpus and int(text) > gpus:
@@ -67,11 +67,32 @@ def count_ranks(env, gpus: int, preset: str) -> int:
     return int(text)
 
 
+def most_ranks(gpus: int, hp) -> int:
+    """Without NPROC. Raises: ValueError if not even one takes the batch."""
+    if gpus:  # the demo's batch is too small for several
+        return max(n for n in (1, 2, 4, 8) if n <= gpus and (n == 1 or hp.preset != "demo"))
+    # on two cores, two processes of one thread are 1.5 times as fast as one of two threads
+    return 2 if hp.eval_only or shares_batch(hp, 2) else 1
+
+
+def shares_batch(hp, ranks: int) -> bool:
+    try:
+        check_batch(hp, ranks)
+    except ValueError:
+        return False
+    return True
+
+
+def count_threads(gpus: int, ranks: int) -> int:
+    """Of each rank."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return 1 if gpus else max(1, cores // ranks)
+
+
 def read_settings(env, for_check: bool = False) -> dict[str, str]:
     """Of variables of the shell; those in capitals are for the environment. Raises: ValueError."""
     script, run_id, gpus = find_script(env), find_run_id(env), count_gpus(for_check)
     preset = env.get("PRESET") or ("record" if gpus else "demo")
-    nproc = count_ranks(env, gpus, preset)
     module = importlib.import_module(script.stem)
     env = dict(env) | dict(PRESET=preset)
     if env.get("RESUME") and not env.get("RUN_ID"):  # the log of the run goes on
@@ -79,6 +100,7 @@ def read_settings(env, for_check: bool = False) -> dict[str, str]:
 
         run_id = resumable.run_id_of(env, module) or run_id
     hp = module.Hyperparameters.from_env(env | dict(RUN_ID=run_id))
+    nproc = choose_ranks(env, gpus, hp)
     if not hp.eval_only:
         check_batch(hp, nproc)
     variant = hp.data_path.rpartition("_")[2]
@@ -88,6 +110,7 @@ def read_settings(env, for_check: bool = False) -> dict[str, str]:
         script=str(script),
         gpus=str(gpus),
         nproc=str(nproc),
+        threads=str(count_threads(gpus, nproc)),
         dataset=hp.data_path,
         tokenizer=hp.tokenizer_path,
         artifact=hp.artifact,

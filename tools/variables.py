@@ -80,7 +80,7 @@ OTHERS = [
     for row in (
         ("SYSTEM", "", "a name", "file of systems/ to run; none: the record, train_gpt.py"),
         ("PRESET", "", "a name", "demo without a GPU, else record"),
-        ("NPROC", "", "int, 1 or more", "processes; else 8, 4, 2 or 1, as there are GPUs"),
+        ("NPROC", "", "int, 1 or more", "processes; else 8, 4, 2 or 1 GPUs; 2 on a CPU"),
         ("DATA_PATH", "", "folder", "if set, it is taken as it is; else data/prepare.py fills it"),
         ("EVAL_ONLY", "", "0 or 1", "1: scores ARTIFACT, and does nothing else"),
         ("EVAL_SECONDS", "", "float, 0 or more", "0 unless NPROC is 8, whose limit it is"),
@@ -104,6 +104,7 @@ OTHERS = [
         ("TRITON_HOME", "", "folder", "of compiled kernels; HOME, or here if that is read-only"),
         ("MALLOC_MMAP_MAX_", "", "int", "of glibc; 0 on a CPU: freed memory is kept"),
         ("MALLOC_TRIM_THRESHOLD_", "", "int", "of glibc; very large on a CPU, as above"),
+        ("OMP_NUM_THREADS", "", "int", "threads of a process; else its share of the cores"),
         ("GOMP_SPINCOUNT", "", "int", "of GNU OpenMP; 1000 on a CPU: short waits for threads"),
         ("GPULESS", "", "full", "of ./run.sh test: the long form of tests/gpuless"),
     )
