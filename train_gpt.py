@@ -961,7 +961,7 @@ class Muon:
         if world.size == 1:
             return update
         gathered = update.new_empty(share * world.size, rows, cols)
-        dist.all_gather_into_tensor(gathered, update.contiguous())
+        dist.all_gather_single(gathered, update.contiguous())
         return gathered
 
     def reached(self) -> int:  # parameters with a momentum: a gradient has reached them

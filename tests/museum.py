@@ -431,7 +431,7 @@ def as_rank(p: Program, rank: int) -> list:
     world.all_reduce = lambda x, op=ops.SUM: (calls.append((str(op), x.shape)), x)[1]
     p.core.dist = SimpleNamespace(
         ReduceOp=ops,
-        all_gather_into_tensor=lambda out, x: out.copy_(torch.cat((x, x))),
+        all_gather_single=lambda out, x: out.copy_(torch.cat((x, x))),
         all_gather_object=lambda out, x: out.__setitem__(slice(None), [x] * len(out)),
         barrier=lambda: calls.append("barrier"),
         init_process_group=lambda backend: calls.append("join"),

@@ -342,6 +342,15 @@ def test_attention_is_mended_only_where_it_must_be(monkeypatch):
     assert found == [(False, True), (True, False)]
 
 
+def test_gathering_is_mended_only_where_it_must_be(monkeypatch):
+    import torch.distributed as dist
+
+    assert not old_torch.mend_gather()
+    monkeypatch.delattr(dist, "all_gather_single")
+    assert old_torch.mend_gather() and not old_torch.mend_gather()
+    assert dist.all_gather_single is dist.all_gather_into_tensor
+
+
 @pytest.mark.parametrize(
     "version, mends",
     {"3.3.1": 0, "3.4.0": 1, "3.6.0": 1, "3.7.0": 1, "3.7.1": 0, "3.8.0+git1": 0}.items(),

@@ -164,7 +164,7 @@ def optimizer(module, hp) -> dict:
     def all_gather(out, x):
         sent.append((ranks - 1) / ranks * out.nbytes)
 
-    saved, dist.all_gather_into_tensor = dist.all_gather_into_tensor, all_gather
+    saved, dist.all_gather_single = dist.all_gather_single, all_gather
     t.world.all_reduce = all_reduce
     try:
         with inductor.new_model(module.GPT, hp) as model:
@@ -179,7 +179,7 @@ def optimizer(module, hp) -> dict:
                     muon.step(1.0, hp.muon_momentum)
                     torch._foreach_lerp_(average, params, 0.5)
     finally:
-        dist.all_gather_into_tensor = saved
+        dist.all_gather_single = saved
         del t.world.all_reduce
     return dict(
         calls=eager.calls,

@@ -4,8 +4,8 @@
     python tools/old_torch.py -m pytest -m cuda
     torchrun --standalone --nproc_per_node=8 tools/old_torch.py systems/NAME.py
 
-Two things are mended before the script starts; with nothing to mend it runs as it is. The script is
-`__main__` and its folder the first place to import from, so that its log and the files that it
+Three things are mended before the script starts; with nothing to mend it runs as it is. The script
+is `__main__` and its folder the first place to import from, so that its log and the files that it
 counts are the same; this file is not among its modules.
 """
 
@@ -41,6 +41,16 @@ def mend_attention() -> bool:
     if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters:
         return False
     varlen.varlen_attn = repeats_heads(varlen.varlen_attn)
+    return True
+
+
+def mend_gather() -> bool:
+    """torch before 2.13 has all_gather_single under its older name. Returns as above."""
+    import torch.distributed as dist
+
+    if hasattr(dist, "all_gather_single"):
+        return False
+    dist.all_gather_single = dist.all_gather_into_tensor
     return True
 
 
@@ -97,6 +107,7 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1:] == ["-m"]:
         sys.exit(f"usage: {sys.argv[0]} SCRIPT [ARGUMENTS], or -m MODULE [ARGUMENTS]")
     mend_attention()
+    mend_gather()
     mend_triton()
     run(sys.argv[1:])
 

@@ -61,7 +61,7 @@ def gathered(t, buffer: torch.Tensor, count: int) -> torch.Tensor:
     if t.world.size == 1:
         return buffer[:count]
     parts = buffer.new_empty(len(buffer) * t.world.size, *buffer.shape[1:])
-    dist.all_gather_into_tensor(parts, buffer)
+    dist.all_gather_single(parts, buffer)
     return parts[:count]
 
 

@@ -128,11 +128,13 @@ def check_batch(hp, nproc: int) -> None:
     """Raises: ValueError if the ranks cannot share it evenly."""
     from train_gpt import world
 
-    world.size = nproc
+    before, world.size = world.size, nproc
     try:
         hp.micro_steps()
     except ValueError as error:
         raise ValueError(f"NPROC={nproc}: {error}" if nproc > 1 else str(error)) from None
+    finally:
+        world.size = before
 
 
 def main(argv: list[str] | None = None) -> int | str:
