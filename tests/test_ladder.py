@@ -1,0 +1,198 @@
+"""tools/ladder.py and the candidates of tools/variants.py."""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from corpus import write_corpus
+from test_resumable import as_before
+
+import train_gpt as t
+
+sys.path.insert(0, str(ROOT / "tools"))
+import ladder  # noqa: E402  (the path comes first)
+import variants  # noqa: E402
+
+SHAPE = dict(vocab_size=64, model_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, rope_dims=4)
+SHAPE |= dict(gdn_heads=4, gdn_head_dim=8, window_size=6, train_seq_len=64, mlp_mult=1.0)
+EVERYONE = [*ladder.LAYOUTS, *(f"G5 S G5 S=5 + {name}" for name in ladder.CHANGES)]
+
+
+def model_of(candidate: str, lively):
+    own = {k: v for k, v in ladder.overrides(candidate).items() if k != "window_size"}
+    return lively(variants.GPT(variants.Hyperparameters(**SHAPE | own)))
+
+
+def test_without_switches_it_is_the_record(lively):
+    ours, record = (m.Hyperparameters(**SHAPE, run_id="run") for m in (variants, t))
+    known = asdict(record)
+    assert {name: value for name, value in asdict(ours).items() if name in known} == known
+    a, b = variants.GPT(ours), t.GPT(record)
+    assert a.kinds == b.kinds
+    lively(b)
+    a.load_state_dict(b.state_dict())
+    ids = torch.randint(2, 64, (2, 40))
+    assert torch.equal(a(ids), b(ids))
+
+
+@pytest.mark.parametrize("candidate", EVERYONE)
+def test_no_candidate_sees_what_comes_later_or_another_document(candidate, lively):
+    model = model_of(candidate, lively)
+    ids = torch.randint(2, 64, (1, 30))
+    ids[:, 12] = t.BOS_ID
+    before = model(ids)
+    later, earlier = ids.clone(), ids.clone()
+    later[:, 20:] = (ids[:, 20:] - 2 + 7) % 62 + 2
+    earlier[:, :12] = (ids[:, :12] - 2 + 7) % 62 + 2
+    assert torch.allclose(model(later)[:, :20], before[:, :20], atol=1e-5)
+    assert torch.allclose(model(earlier)[:, 12:], before[:, 12:], atol=1e-4)
+    assert not torch.allclose(model(later)[:, 20:], before[:, 20:], atol=1e-3)
+
+
+@pytest.mark.parametrize("candidate", EVERYONE)
+def test_every_parameter_of_a_candidate_learns(candidate, lively):
+    model = model_of(candidate, lively)
+    ids = torch.randint(2, 64, (2, 30))
+    model(ids[:, :-1], ids[:, 1:]).mean().backward()
+    dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not dead
+
+
+def test_shared_keys_are_keys_repeated(lively):
+    grouped = model_of("G5 S G5 S=5 + grouped heads", lively)
+    hp = variants.Hyperparameters(**SHAPE | dict(gdn_heads=2))
+    plain, state = variants.GPT(hp), grouped.state_dict()
+    for name, value in state.items():
+        if ".mixer.q_" in name or ".mixer.k_" in name:
+            if value.shape != plain.state_dict()[name].shape:  # of Gated DeltaNet: one head of 8
+                state[name] = torch.cat((value, value))
+    plain.load_state_dict(state)
+    ids = torch.randint(2, 64, (2, 40))
+    assert torch.allclose(grouped(ids), plain(ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [0, 2, 4])
+def test_a_convolution_sees_so_many_tokens(size):
+    x = torch.randn(1, 20, 3, dtype=torch.double)
+    ids = torch.randint(2, 64, (1, 20))
+    ids[0, 9] = t.BOS_ID
+    ctx = t.make_context(ids, t.Hyperparameters())
+    taps = torch.randn(3, size, dtype=torch.double) if size else None
+    y = variants.convolved(x, taps, ctx)
+    for i in range(20):
+        first = 9 if i >= 9 else 0
+        expected = x[0, i].clone()
+        if size:
+            expected = sum(taps[:, -1 - n] * x[0, i - n] for n in range(size) if i - n >= first)
+        assert torch.allclose(y[0, i], F.silu(expected))
+
+
+@pytest.mark.parametrize("T, window", [(64, 16), (50, 16), (7, 16), (33, 1)])
+def test_attention_in_blocks_is_attention(T, window):
+    q = torch.randn(2, T, 4, 8, dtype=torch.double, requires_grad=True)
+    k, v = (torch.randn(2, T, 2, 8, dtype=torch.double, requires_grad=True) for _ in range(2))
+    doc = (torch.rand(2, T) < 0.1).cumsum(1)
+    results = []
+    for attend in (t.masked_window_attention, variants.blocked_window_attention):
+        y = attend(q, k, v, window, doc, T)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
+    for expected, found in zip(*results, strict=True):
+        assert torch.allclose(expected, found, atol=1e-10)
+
+
+# --------------------------------------------------------------------------------------------------
+# Bytes
+
+
+@pytest.mark.parametrize("candidate", [*ladder.LAYOUTS, ladder.TRANSFORMER])
+def test_candidates_have_equal_bytes(candidate):
+    hp, module = ladder.toy_of(candidate), ladder.module_of(candidate)
+    used = ladder.estimated_bytes(module, hp) / ladder.target_bytes()
+    assert 0.998 < used <= 1.0
+    parameters = sum(p.numel() for p in module.GPT(hp).parameters())
+    assert 1.9e6 < parameters < 2.3e6  # 3.3 bits each, embeddings 4.1
+
+
+def test_bytes_are_those_of_the_artifact(tmp_path):
+    """Of weights that are normal: brotli needs a little more than the entropy."""
+    hp = ladder.toy_of("G2 S8 G, grouped")
+    model = variants.GPT(hp)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_()
+    size = t.save_artifact(tmp_path / "toy.ptz", model, hp)
+    assert 0.99 < size / ladder.target_bytes() < 1.03
+
+
+def test_what_has_no_room_is_refused(monkeypatch):
+    monkeypatch.setitem(ladder.LAYOUTS, "too many", dict(layout="G40"))
+    with pytest.raises(ValueError, match="too many: no room for an MLP"):
+        ladder.toy_of("too many")
+
+
+# --------------------------------------------------------------------------------------------------
+# The climb
+
+
+def climbed(scores) -> list[ladder.Run]:
+    """All runs in their order, where a candidate gets scores(run)."""
+    found, order = {}, []
+    while missing := ladder.next_runs(found):
+        order += missing
+        found |= {run: dict(pre_quant_val_bpb=scores(run)) for run in missing}
+    return order
+
+
+def test_the_climb_takes_the_best_and_their_changes():
+    quality = {name: 2 + i for i, name in enumerate(reversed(ladder.LAYOUTS))}
+
+    def scores(run):
+        layout, *changes = run.candidate.split(" + ")
+        return quality.get(layout, 99) - 0.1 * ("LN scale" in changes)
+
+    order = climbed(scores)
+    assert len(order) == len({*order})
+    low, middle, top = ([run for run in order if run.tokens == tokens] for tokens in ladder.RUNGS)
+    best = min(quality, key=quality.get)
+    assert {run.candidate for run in low} >= {*ladder.LAYOUTS, ladder.TRANSFORMER}
+    assert {run.candidate for run in middle} >= {best, f"{best} + LN scale", "G5 S G5 S=5"}
+    climbers = {best, f"{best} + LN scale", "G5 S G5 S=5", ladder.TRANSFORMER}
+    assert {run.candidate for run in top} >= climbers - {best} and len(top) <= 4
+    assert [run.tokens for run in order] == sorted(run.tokens for run in order)
+
+
+def test_a_climb_that_was_stopped_goes_on():
+    order = climbed(lambda run: len(run.candidate))
+    done = {run: dict(pre_quant_val_bpb=len(run.candidate)) for run in order[:5]}
+    assert ladder.next_runs(done) == order[5:14]
+
+
+def test_a_run_trains_and_its_result_can_be_read(tmp_path, monkeypatch):
+    small = SHAPE | dict(
+        train_batch_tokens=256, eval_seq_len=64, eval_stride=64, val_batch_size=256
+    )
+    (tmp_path / "data").mkdir()
+    made = write_corpus(tmp_path / "data")
+    small["vocab_size"] = made.pop("vocab_size")
+    data = {name.upper(): value for name, value in made.items()}
+    monkeypatch.setattr(ladder, "TOY", ladder.TOY | small | dict(gptq_calibration_batches=2))
+    monkeypatch.setattr(ladder, "RESULTS", tmp_path / "ladder.jsonl")
+    ladder.target_bytes.cache_clear()
+    run = ladder.Run("G5 S G5 S=5 + convolution of 2", 1024, 3)
+    monkeypatch.chdir(tmp_path)
+    with mock.patch.dict(os.environ, data, clear=True), as_before():
+        monkeypatch.setattr(t, "masked_window_attention", t.masked_window_attention)
+        ladder.train(run)
+    row = ladder.result_of(run, tmp_path / "logs" / f"{run.name()}.txt")
+    ladder.target_bytes.cache_clear()
+    assert (row["candidate"], row["tokens"], row["seed"]) == run
+    assert row["losses"] and 1 < row["pre_quant_val_bpb"] < 20 and row["bytes_model"] > 1000
+    ladder.RESULTS.write_text(json.dumps(row) + "\n")
+    assert ladder.results() == {run: json.loads(json.dumps(row))}
+    assert row["text"].keys() == {path.name for path in (tmp_path / "data").glob("*.bin")}

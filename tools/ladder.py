@@ -1,0 +1,328 @@
+"""Which layout earns its place? Candidates of equal artifact bytes at several budgets of tokens.
+
+    DATA_PATH=... TOKENIZER_PATH=... python tools/ladder.py run     # what is missing; --workers 2
+    python tools/ladder.py show                                     # tables of what is there
+
+`run` climbs: every layout on the lowest rung; each change of the best layout, one at a time; then
+the best of all of these with another seed, on the next rung, and so on. It can be stopped at any
+time: a run that had begun goes on from its last checkpoint, one that had ended is a line of
+logs/ladder.jsonl. The candidates are toys, 128 wide, of tools/variants.py or a system: as wide an
+MLP as the bytes of the present record's toy allow.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "systems"), str(ROOT / "tools")]
+import bench  # noqa: E402  (the paths come first)
+import torch  # noqa: E402
+import transformer  # noqa: E402
+import variants  # noqa: E402
+
+import logs  # noqa: E402
+import train_gpt as t  # noqa: E402
+
+RESULTS = ROOT / "logs" / "ladder.jsonl"
+RUNGS = 614_400, 2_457_600, 9_830_400  # tokens
+TOY = dict(  # a quarter of the record in width, heads and their size; its rates and precisions
+    vocab_size=1024,
+    train_batch_tokens=4096,
+    train_seq_len=2048,
+    grad_accum_steps=1,
+    model_dim=128,
+    gdn_heads=4,
+    gdn_head_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    rope_dims=8,
+    max_wallclock_seconds=0.0,
+    gptq_reserve_seconds=0.0,
+    warmup_steps=1,
+    train_log_every=10,
+    gptq_calibration_batches=8,
+    eval_mode="sliding",
+    eval_stride=2048,
+    val_batch_size=8192,
+    eval_seconds=0.0,
+    ttt="",
+)
+NARROW = dict(gdn_heads=2)  # of the record's size: 4 heads of 64
+GROUPED = dict(gdn_heads=2, gdn_key_heads=1)  # 2 key heads, 4 value heads (#1895)
+LAYOUTS = {
+    "G5 S G5 S=5": {},
+    "G3 S x3": dict(layout="G3 S G3 S G3 S"),
+    "G2 S x4": dict(layout="G2 S G2 S G2 S G2 S"),
+    "G S x6": dict(layout="G S G S G S G S G S G S"),
+    "G11": dict(layout="G11"),
+    "S11": dict(layout="S11"),
+    "G5 S G5 S=5, narrow": NARROW,
+    "G3 S x3, narrow": dict(layout="G3 S G3 S G3 S", **NARROW),
+    "G2 S x4, narrow": dict(layout="G2 S G2 S G2 S G2 S", **NARROW),
+    "G S x6, narrow": dict(layout="G S G S G S G S G S G S", **NARROW),
+    "G2 S8 G, grouped": dict(layout="G2 S8 G", **GROUPED),
+    "#1895 in windows": dict(layout="G2 S (S3)x3 S4 G", enable_looping_at=0.4, **GROUPED),
+    "G2 S x3, narrow": dict(layout="G2 S G2 S G2 S", **NARROW),
+}
+TRANSFORMER = "transformer"
+CHANGES = {
+    "grouped heads": GROUPED,
+    "no convolution": dict(conv_size=0),
+    "convolution of 2": dict(conv_size=2),
+    "no output norm": dict(o_norm=False),
+    "window 256": dict(window_size=256),
+    "window 1024": dict(window_size=1024),
+    "gated skips": dict(unet_skips=True),
+    "head gate": dict(attn_gate_dims=12),
+    "LN scale": dict(ln_scale=True),
+    "no SmearGate": dict(smear_dims=0),
+    "no XSA": dict(xsa=False),
+}
+
+
+class Run(NamedTuple):
+    candidate: str
+    tokens: int
+    seed: int
+
+    def name(self) -> str:
+        return re.sub(r"\W+", "_", f"{self.candidate}_{self.tokens}_{self.seed}")
+
+
+# --- Candidates -----------------------------------------------------------------------------------
+
+
+def overrides(candidate: str) -> dict:
+    """Beside TOY: a name of LAYOUTS, with " + NAME" for each change."""
+    layout, *changes = candidate.split(" + ")
+    found = {} if layout == TRANSFORMER else dict(LAYOUTS[layout])
+    for name in changes:
+        found |= CHANGES[name]
+    return found
+
+
+def module_of(candidate: str):
+    return transformer if candidate.startswith(TRANSFORMER) else variants
+
+
+def estimated_bytes(module, hp) -> float:
+    """Entropy of the quantized values, were all rows normal, and float16 of the rest."""
+    with torch.device("meta"):
+        model, total = module.GPT(hp), 0.0
+    for name, p in model.named_parameters():
+        if model.kinds[name] == t.SCALAR:
+            total += 2 * p.numel()
+        else:
+            total += 2 * len(p) + p.numel() * bench.gaussian_bits(*model.precision(name)) / 8
+    return total
+
+
+@cache
+def target_bytes() -> float:
+    return estimated_bytes(variants, variants.Hyperparameters(**TOY))
+
+
+def toy_of(candidate: str):
+    """Its hyperparameters, with as wide an MLP as the bytes allow. Raises: ValueError."""
+    module, settings = module_of(candidate), TOY | overrides(candidate)
+    width = settings["model_dim"]
+    low, high = 1, 16 * width  # hidden units: low fits
+
+    def size(hidden: int) -> float:
+        hp = module.Hyperparameters(**settings | dict(mlp_mult=hidden / width))
+        return estimated_bytes(module, hp)
+
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if size(middle) <= target_bytes() else (low, middle)
+    if low < width:
+        raise ValueError(f"{candidate}: no room for an MLP of {width} units")
+    return module.Hyperparameters(**settings | dict(mlp_mult=low / width))
+
+
+def settings_of(run: Run) -> dict[str, str]:
+    """Environment of a run, which keeps checkpoints."""
+    hp, plain = toy_of(run.candidate), module_of(run.candidate).Hyperparameters()
+    own = {name for name, value in asdict(hp).items() if value != getattr(plain, name)}
+    values = asdict(hp) | dict(
+        run_id=run.name(),
+        seed=run.seed,
+        iterations=run.tokens // hp.train_batch_tokens,
+        artifact=f"{run.name()}.ptz",
+    )
+    own |= {"run_id", "seed", "iterations", "artifact"}
+    texts = {name.upper(): str(values[name]) for name in own}
+    texts |= {name: str(int(values[name.lower()])) for name in texts if texts[name] in BOOLEANS}
+    return texts | dict(RESUME="auto", CHECKPOINT_EVERY="60", PRESET="record")
+
+
+BOOLEANS = "True", "False"
+
+# --- Runs -----------------------------------------------------------------------------------------
+
+
+def train(run: Run) -> None:
+    """In this process, to its end; of a run that began earlier, what is missing."""
+    import resumable
+
+    for name, text in settings_of(run).items():
+        os.environ[name] = text
+    t.masked_window_attention = variants.blocked_window_attention  # twice as fast in long rows
+    module = module_of(run.candidate)
+    keeper = resumable.keeper_of(module, t, os.environ)
+    resumable.run(module, keeper)
+
+
+def start(run: Run, folder: Path) -> None:
+    """In a process of its own, with one thread. Appends the result. Raises: RuntimeError."""
+    paths = {
+        name: str(Path(os.environ[name]).resolve()) for name in ("DATA_PATH", "TOKENIZER_PATH")
+    }
+    env = os.environ | paths | dict(OMP_NUM_THREADS="1")
+    command = [sys.executable, __file__, "one", run.candidate, str(run.tokens), str(run.seed)]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{run}: {done.stdout[-500:]}{done.stderr[-2000:]}")
+    row = result_of(run, folder / "logs" / f"{run.name()}.txt")
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(f"{run}: {row['pre_quant_val_bpb']:.4f}, int6 {row['val_bpb']:.4f}", flush=True)
+
+
+def result_of(run: Run, log: Path) -> dict:
+    """A line of RESULTS: bits per byte of the run's stages, its training loss, what it was."""
+    found, _ = logs.choose(log, logs.read_runs(log))
+    figures, settings = found.figures, found.settings
+    text = log.read_text()
+    losses = re.findall(r"^step:(\d+)/\d+ train_loss:(\S+) train_time:(\d+)ms", text, re.M)
+    names = "raw_val_bpb pre_quant_val_bpb val_bpb bytes_model".split()
+    shards = sorted(Path(settings["data_path"]).glob("fineweb_*.bin"))
+    return (
+        run._asdict()
+        | {name: figures[name] for name in names}
+        | dict(
+            parameters=int(re.findall(r"^model_params:(\d+)", text, re.M)[-1]),
+            mlp_mult=float(settings["mlp_mult"]),
+            step_milliseconds=float(losses[-1][2]) / int(losses[-1][0]),
+            losses=[(int(step), float(loss)) for step, loss, _ in losses],
+            text={path.name: t.digest(path)[:12] for path in shards},
+            source=t.digest(ROOT / "train_gpt.py")[:12],
+        )
+    )
+
+
+def results() -> dict[Run, dict]:
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return {Run(row["candidate"], row["tokens"], row["seed"]): row for row in rows}
+
+
+# --- The climb ------------------------------------------------------------------------------------
+
+
+def score(candidate: str, tokens: int, found: dict[Run, dict]) -> float:
+    """Bits per byte before quantization, the mean over seeds; infinite if there is none."""
+    bpb = [r["pre_quant_val_bpb"] for run, r in found.items() if run[:2] == (candidate, tokens)]
+    return statistics.mean(bpb) if bpb else math.inf
+
+
+def best(candidates, tokens: int, found: dict[Run, dict], count: int) -> list[str]:
+    return sorted(candidates, key=lambda name: score(name, tokens, found))[:count]
+
+
+def next_runs(found: dict[Run, dict]) -> list[Run]:
+    """Of the first stage that is not complete; [] at the top."""
+    reference = [next(iter(LAYOUTS)), TRANSFORMER]
+    first, second, third = RUNGS
+    everyone = [*LAYOUTS, TRANSFORMER]
+    stages = [lambda: [Run(name, first, 1) for name in everyone]]
+
+    def changed() -> list[str]:
+        [base] = best(LAYOUTS, first, {r: v for r, v in found.items() if r.seed == 1}, 1)
+        return [
+            f"{base} + {name}"
+            for name in CHANGES
+            if CHANGES[name].items() - overrides(base).items()
+        ]
+
+    def leaders(count: int, tokens: int) -> list[str]:
+        return [*dict.fromkeys(best([*LAYOUTS, *changed()], tokens, found, count) + reference)]
+
+    stages += [
+        lambda: [Run(name, first, 1) for name in changed()],
+        lambda: [Run(name, first, 2) for name in leaders(10, first)],
+        lambda: [Run(name, second, 1) for name in leaders(6, first)],
+        lambda: [Run(name, second, 2) for name in leaders(4, second)],
+        lambda: [Run(name, third, 1) for name in leaders(2, second)],
+    ]
+    for stage in stages:
+        if missing := [run for run in stage() if run not in found]:
+            return missing
+    return []
+
+
+def climb(folder: Path, workers: int) -> None:
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    while missing := next_runs(results()):
+        print(f"{len(missing)} runs of {missing[0].tokens:,} tokens", flush=True)
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(lambda run: start(run, folder), missing))
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
+def show() -> None:
+    found = results()
+    for tokens in RUNGS:
+        names = sorted({run.candidate for run in found if run.tokens == tokens})
+        if not names:
+            continue
+        print(f"\n{tokens:,} tokens; about {target_bytes():,.0f} bytes each\n")
+        print("| candidate | MLP | parameters | bits per byte | int6 | seeds | ms a step |")
+        print("|---|--:|--:|--:|--:|--:|--:|")
+        for name in best(names, tokens, found, len(names)):
+            rows = [row for run, row in found.items() if run[:2] == (name, tokens)]
+            int6 = statistics.mean(row["val_bpb"] for row in rows)
+            print(
+                f"| {name} | {rows[0]['mlp_mult']:.2f} | {rows[0]['parameters']:,} | "
+                f"{score(name, tokens, found):.4f} | {int6:.4f} | {len(rows)} | "
+                f"{statistics.mean(row['step_milliseconds'] for row in rows):.0f} |"
+            )
+
+
+def main() -> int | str | None:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("--workers", type=int, default=os.cpu_count())
+    run.add_argument("--folder", type=Path, default=ROOT / "ladder", help="of logs and checkpoints")
+    commands.add_parser("show")
+    one = commands.add_parser("one")
+    for name, kind in dict(candidate=str, tokens=int, seed=int).items():
+        one.add_argument(name, type=kind)
+    args = parser.parse_args()
+    if args.command == "show":
+        return show()
+    if missing := [name for name in ("DATA_PATH", "TOKENIZER_PATH") if name not in os.environ]:
+        return f"ladder: {' and '.join(missing)}: not set, and there is no default"
+    if args.command == "one":
+        return train(Run(args.candidate, args.tokens, args.seed))
+    return climb(args.folder.resolve(), args.workers)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

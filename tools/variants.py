@@ -1,0 +1,124 @@
+"""The record with switches for what tools/ladder.py compares: no system, nothing of it is counted.
+
+With its defaults it is the record, parameter by parameter."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent / name) for name in (".", "systems")]
+import parts  # noqa: E402  (the paths come first)
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import transformer  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+import train_gpt as t  # noqa: E402
+from train_gpt import bounded  # noqa: E402
+
+
+@dataclass
+class Hyperparameters(t.Hyperparameters):
+    system = "variants"
+    conv_size: int = bounded(4, 0, 4)  # of Gated DeltaNet; 0 = SiLU alone
+    o_norm: bool = True  # of Gated DeltaNet: each head's output is normalised
+    gdn_key_heads: int = 0  # each for as many of the GDN_HEADS value heads; 0 = GDN_HEADS
+    attn_gate_dims: int = 0  # of a gate on each attention head (#1787); 0 = off
+    unet_skips: bool = False  # gated, from the first half of the passes to the second (#1787)
+    ln_scale: bool = False  # block i reads its inputs over sqrt(i + 1) (#1787)
+    enable_looping_at: float = bounded(0.0, 0, 1)  # progress from which a group loops
+
+    def validate(self) -> None:
+        super().validate()
+        shared = self.gdn_heads % (self.gdn_key_heads or 1) == 0
+        self.require("gdn_key_heads", shared, "to divide GDN_HEADS")
+
+    def stage_starts(self) -> list[float]:
+        return sorted({0.0, self.enable_looping_at})
+
+
+masked = t.masked_window_attention
+
+
+def blocked_window_attention(q, k, v, window: int, doc: Tensor, most: int) -> Tensor:
+    """As train_gpt.masked_window_attention, in blocks of `window` queries, which see keys of their
+    own block and of the one before: of long rows the rest need not be computed."""
+    T = q.shape[1]
+    if window >= T:
+        return masked(q, k, v, window, doc, most)
+    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -T % window)).unflatten(1, (-1, window)) for x in (q, k, v))
+    doc = F.pad(doc, (0, -T % window), value=-1).unflatten(1, (-1, window))  # [B, blocks, window]
+    k, v = (torch.cat((F.pad(x, (0, 0) * 3 + (1, 0))[:, :-1], x), 2) for x in (k, v))
+    seen_doc = torch.cat((F.pad(doc, (0, 0, 1, 0), value=-2)[:, :-1], doc), 2)
+    ago = torch.arange(window)[:, None] + window - torch.arange(2 * window)
+    seen = (doc[..., :, None] == seen_doc[..., None, :]) & (ago >= 0) & (ago < window)
+    q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen.flatten(0, 1)[:, None], enable_gqa=True
+    )
+    return y.transpose(1, 2).unflatten(0, (doc.shape[0], -1)).flatten(1, 2)[:, :T]
+
+
+class DeltaNet(t.GatedDeltaNet):
+    def __init__(self, hp: Hyperparameters):
+        super().__init__(hp)
+        D, H, K = hp.model_dim, hp.gdn_heads, hp.gdn_head_dim
+        keys = hp.gdn_key_heads or H
+        self.q_proj, self.k_proj = t.Linear(D, keys * K), t.Linear(D, keys * K)
+        sizes = dict(q_conv1d=keys * K, k_conv1d=keys * K, v_conv1d=H * K)
+        for name, size in sizes.items():
+            taps = nn.Parameter(torch.empty(size, hp.conv_size)) if hp.conv_size else None
+            setattr(self, name, taps)
+        if not hp.o_norm:
+            self.o_norm = None
+
+    def forward(self, seen: Tensor, T: int, ctx: t.Context, state: Tensor | None):
+        def heads(x):
+            return x[:, -T:].unflatten(-1, (-1, self.head_dim))  # [B, T, heads, K]
+
+        linears = self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj
+        q, k, v, gate, a, b = t.products(seen, *linears)
+        q = F.normalize(heads(convolved(q, self.q_conv1d, ctx)), dim=-1)
+        k = F.normalize(heads(convolved(k, self.k_conv1d, ctx)), dim=-1)
+        v = heads(convolved(v, self.v_conv1d, ctx))
+        q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
+        g = -self.A_log.exp() * F.softplus(a[:, -T:].float() + self.dt_bias)
+        g = g.masked_fill(ctx.same_doc[:, -T:, :1] == 0, t.RESET_LOG_DECAY)
+        o, state = t.gated_delta_rule(q, k, v, g, b[:, -T:].float().sigmoid(), state)
+        o = o if self.o_norm is None else t.norm(o, self.o_norm)
+        return self.o_proj((o * F.silu(heads(gate))).flatten(2)), state
+
+
+def convolved(x: Tensor, taps: Tensor | None, ctx: t.Context) -> Tensor:
+    """As short_conv, with fewer taps or none."""
+    return F.silu(x) if taps is None else t.short_conv(x, F.pad(taps, (4 - taps.shape[1], 0)), ctx)
+
+
+class GPT(parts.UNet):
+    param_rules = (
+        (r"conv1d$", t.SCALAR, lambda w, hp: w.uniform_(-(w.shape[1] ** -0.5), w.shape[1] ** -0.5)),
+        (r"attn_gate$", t.SCALAR, t.ZEROS),
+        *parts.UNet.param_rules,
+    )
+
+    def build(self, hp: Hyperparameters) -> None:
+        t.GPT.build(self, hp)
+        self.looped_order = self.order
+        if hp.unet_skips:
+            self.skips = nn.Parameter(torch.empty(2, len(self.order) // 2, hp.model_dim))
+        for i, block in enumerate(self.blocks if hp.ln_scale else ()):
+            block.norm_scale = (i + 1) ** -0.5
+
+    def new_mixer(self, kind: str) -> nn.Module:
+        if kind == "G":
+            return DeltaNet(self.hp)
+        window = self.hp.window_size if kind == "S" else sys.maxsize
+        gated = self.hp.attn_gate_dims > 0
+        return (transformer.GatedAttention if gated else t.Attention)(self.hp, window)
+
+    def enter(self, x: Tensor, earlier: list[Tensor]) -> Tensor:
+        return super().enter(x, earlier) if self.hp.unet_skips else x
+
+    def set_progress(self, progress: float) -> None:
+        looping = progress >= self.hp.enable_looping_at
+        self.order = self.looped_order if looping else sorted({*self.looped_order})
