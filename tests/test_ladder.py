@@ -16,7 +16,8 @@ from test_resumable import as_before
 import train_gpt as t
 
 sys.path.insert(0, str(ROOT / "tools"))
-import ladder  # noqa: E402  (the path comes first)
+import forecast  # noqa: E402  (the path comes first)
+import ladder  # noqa: E402
 import variants  # noqa: E402
 
 SHAPE = dict(vocab_size=64, model_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, rope_dims=4)
@@ -196,3 +197,28 @@ def test_a_run_trains_and_its_result_can_be_read(tmp_path, monkeypatch):
     ladder.RESULTS.write_text(json.dumps(row) + "\n")
     assert ladder.results() == {run: json.loads(json.dumps(row))}
     assert row["text"].keys() == {path.name for path in (tmp_path / "data").glob("*.bin")}
+
+
+# --------------------------------------------------------------------------------------------------
+# At full size
+
+
+def test_at_full_size_the_reference_is_the_record():
+    hp, record = forecast.full_of("G5 S G5 S=5"), t.Hyperparameters(run_id="run")
+    known = asdict(record) | dict(mlp_mult=hp.mlp_mult, run_id=hp.run_id)
+    assert {name: asdict(hp)[name] for name in known} == known
+    assert 2.5 < hp.mlp_mult < 3  # the record leaves bytes unused
+
+
+@pytest.mark.parametrize("candidate", ["G S x6, narrow", "G2 S8 G, grouped", "transformer"])
+def test_at_full_size_all_bytes_are_used(candidate):
+    hp, module = forecast.full_of(candidate), ladder.module_of(candidate)
+    used = ladder.estimated_bytes(module, hp) + ladder.bench.code_bytes("record")
+    assert 0.999 * forecast.ARTIFACT_BYTES < used <= forecast.ARTIFACT_BYTES
+    toy = ladder.toy_of(candidate)
+    assert (hp.model_dim, hp.gdn_heads) == (4 * toy.model_dim, 2 * toy.gdn_heads)
+
+
+def test_stages_are_shares_of_the_time():
+    row = dict(seconds=[(0.0, 0.1), (0.4, 0.2)], tokens=1000)
+    assert forecast.tokens_per_second(row) == pytest.approx(0.4 * 10_000 + 0.6 * 5_000)

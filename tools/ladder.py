@@ -135,21 +135,26 @@ def target_bytes() -> float:
 
 
 def toy_of(candidate: str):
-    """Its hyperparameters, with as wide an MLP as the bytes allow. Raises: ValueError."""
-    module, settings = module_of(candidate), TOY | overrides(candidate)
-    width = settings["model_dim"]
-    low, high = 1, 16 * width  # hidden units: low fits
+    """Its hyperparameters, of the reference's bytes. Raises: ValueError."""
+    return fitted(candidate, TOY | overrides(candidate), target_bytes())
 
-    def size(hidden: int) -> float:
-        hp = module.Hyperparameters(**settings | dict(mlp_mult=hidden / width))
-        return estimated_bytes(module, hp)
 
+def fitted(candidate: str, settings: dict, most: float):
+    """Hyperparameters with as wide an MLP as so many bytes allow. Raises: ValueError."""
+    module = module_of(candidate)
+    width = module.Hyperparameters(**settings).model_dim
+
+    def hyperparameters(hidden: int):
+        return module.Hyperparameters(**settings | dict(mlp_mult=hidden / width))
+
+    low, high = 1, 16 * width  # hidden units
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if size(middle) <= target_bytes() else (low, middle)
+        fits = estimated_bytes(module, hyperparameters(middle)) <= most
+        low, high = (middle, high) if fits else (low, middle)
     if low < width:
         raise ValueError(f"{candidate}: no room for an MLP of {width} units")
-    return module.Hyperparameters(**settings | dict(mlp_mult=low / width))
+    return hyperparameters(low)
 
 
 def settings_of(run: Run) -> dict[str, str]:

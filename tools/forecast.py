@@ -1,0 +1,107 @@
+"""The candidates of tools/ladder.py at full size: parameters, bytes, and a lower bound of the time
+of a step on 8 H100 (tools/floor.py).
+
+    python tools/forecast.py steps [NAME]...     # what is missing, a minute each; needs no GPU
+    python tools/forecast.py show
+
+At full size a candidate has the record's width and settings, twice the heads of its toy with twice
+their size, and as wide an MLP as ARTIFACT_BYTES allow by the entropy of normal weights.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tools")]
+if sys.argv[1:2] == ["one"]:
+    import floor  # before torch, which then believes that it has a GPU
+import ladder  # noqa: E402  (the path comes first)
+
+STEPS = ROOT / "logs" / "ladder_steps.jsonl"
+ARTIFACT_BYTES = 15_970_000  # with code
+SCALED = "gdn_heads", "gdn_key_heads"  # what a toy has half of
+
+
+def full_of(candidate: str):
+    """Its hyperparameters at full size. Raises: ValueError."""
+    own = ladder.overrides(candidate)
+    settings = {name: value * (2 if name in SCALED else 1) for name, value in own.items()}
+    return ladder.fitted(candidate, settings, ARTIFACT_BYTES - ladder.bench.code_bytes("record"))
+
+
+def measure(candidate: str) -> dict:
+    """A line of STEPS; in a process that has imported floor."""
+    module, hp = ladder.module_of(candidate), full_of(candidate)
+    step, stages = floor.optimizer(module, hp), []
+    for progress in hp.stage_starts():
+        forward, backward, times = floor.train_parts(module, hp, progress)
+        seconds = times * (forward + backward).seconds()
+        stages.append((progress, seconds + step["seconds"] + step["link_seconds"]))
+    with ladder.torch.device("meta"):
+        parameters = sum(p.numel() for p in module.GPT(hp).parameters())
+    return dict(
+        candidate=candidate,
+        layout=hp.layout,
+        mlp_mult=hp.mlp_mult,
+        parameters=parameters,
+        seconds=stages,  # of a step, from which progress on
+        tokens=hp.train_batch_tokens,
+        source=ladder.t.digest(ROOT / "train_gpt.py")[:12],
+    )
+
+
+def measured() -> dict[str, dict]:
+    lines = STEPS.read_text().splitlines() if STEPS.exists() else []
+    return {row["candidate"]: row for row in map(json.loads, lines)}
+
+
+def measure_missing(names: list[str]) -> None:
+    """Raises: CalledProcessError."""
+    for name in names:
+        if name not in measured():
+            command = [sys.executable, __file__, "one", name]
+            line = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            row = json.loads(line.splitlines()[-1])
+            with STEPS.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{name}: {tokens_per_second(row) / 1e6:.2f} M tokens/s at most", flush=True)
+
+
+def tokens_per_second(row: dict) -> float:
+    """At most, over the whole run: its stages are shares of its seconds."""
+    starts = [start for start, _ in row["seconds"]]
+    lengths = [end - start for start, end in zip(starts, [*starts[1:], 1.0], strict=True)]
+    steps = sum(n / seconds for n, (_, seconds) in zip(lengths, row["seconds"], strict=True))
+    return steps * row["tokens"]
+
+
+def show() -> None:
+    print("| candidate | layout | MLP | parameters | ms a step | M tokens/s |")
+    print("|---|---|--:|--:|--:|--:|")
+    for name, row in sorted(measured().items(), key=lambda item: -tokens_per_second(item[1])):
+        steps = ", ".join(f"{1e3 * seconds:.1f}" for _, seconds in row["seconds"])
+        print(
+            f"| {name} | `{row['layout']}` | {row['mlp_mult']:.2f} | {row['parameters']:,} | "
+            f"{steps} | {tokens_per_second(row) / 1e6:.2f} |"
+        )
+
+
+def main() -> None:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser.add_argument("command", choices=["steps", "show", "one"])
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    args = parser.parse_args()
+    if args.command == "one":
+        print(json.dumps(measure(args.names[0])))
+    elif args.command == "steps":
+        measure_missing(args.names or [*ladder.LAYOUTS, ladder.TRANSFORMER])
+    else:
+        show()
+
+
+if __name__ == "__main__":
+    main()
