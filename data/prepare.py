@@ -1372,16 +1372,29 @@ def build_docs(args: argparse.Namespace) -> dict:
     return text.build(args.output_root)
 
 
+def in_words(figures: dict) -> str:
+    """Of a split: `1 document, 9 tokens, 30 bytes (3.3333 a token), 2 shards`."""
+    words = {}
+    for name, value in figures.items():
+        unit = name.replace("_", " ")
+        words[name] = f"{value:,} {unit.removesuffix('s') if value == 1 else unit}"
+    if words.pop("bytes_per_token", None):
+        words["bytes"] += f" ({figures['bytes_per_token']} a token)"
+    return ", ".join(words.values())
+
+
 def print_stats(stats: dict) -> None:
     print(f"{stats['name']}: {stats['tokenizer']}, {stats['vocab_size']} pieces")
     for split in ("train", "val"):
-        print(f"{split}: " + ", ".join(f"{value:,} {key}" for key, value in stats[split].items()))
+        print(f"{split}: {in_words(stats[split])}")
     found, total = stats["overlap"].values()
     print(f"overlap: {found:,} of {total:,} validation documents stand in the training shards")
     if not stats.get("verified", True):
         print("verified: not all files, the repository does not tell the checksums of some")
+    compressed = stats.get("val_compressor_bpb", {}).items()
     skipped = f"not computed (shards were downloaded, or text over {COMPRESSOR_LIMIT:,} bytes)"
-    print(f"val text, bits per byte of compressors: {stats.get('val_compressor_bpb', skipped)}")
+    told = ", ".join(f"{name} {bpb}" for name, bpb in compressed) or skipped
+    print(f"val text, bits per byte of compressors: {told}")
 
 
 def main(argv: list[str] | None = None) -> None:

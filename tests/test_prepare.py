@@ -567,6 +567,19 @@ def test_train_and_val_must_not_overlap(tmp_path, model):
     assert not (tmp_path / "datasets/own/stats.json").exists()
 
 
+def test_what_was_made_is_told_in_words(capsys):
+    val = dict(documents=32, tokens=50_892, bytes=143_506, shards=1, bytes_per_token=2.8198)
+    stats = dict(name="own", tokenizer="own.model", vocab_size=300, overlap=overlap(0, 32))
+    stats |= dict(train=dict(shards=2, tokens=1000), val=val)
+    prepare.print_stats(stats | dict(val_compressor_bpb={"brotli-11": 2.4868, "xz-9e": 2.7077}))
+    prepare.print_stats(stats)
+    own, train, val, _, compressed, *_, skipped = capsys.readouterr().out.splitlines()
+    assert (own, train) == ("own: own.model, 300 pieces", "train: 2 shards, 1,000 tokens")
+    assert val == "val: 32 documents, 50,892 tokens, 143,506 bytes (2.8198 a token), 1 shard"
+    assert compressed.endswith("bits per byte of compressors: brotli-11 2.4868, xz-9e 2.7077")
+    assert "not computed" in skipped
+
+
 def spaced(texts):
     """Other texts of the same tokens: the model collapses spaces."""
     return [text.replace(" ", "  ") for text in texts]
