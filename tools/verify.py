@@ -97,22 +97,28 @@ STILL = {"TTT_LR": "0", "TTT_EPOCHS": "1", "TTT_LORA_RANK": "4", "EVAL_CHUNK": "
 MANY_ROWS = {"EVAL_ROWS": "64"}  # for many short documents
 
 NOT_CHECKED = """verify: not checked:
-  that training and evaluation took at most 600 s each, and on which hardware: the log says so
-  that training read no validation text and all its shards; seeds, and how many runs there were
-  that tokenizer and validation shards are the official ones, beyond documents and bytes, and what
-    stats.json says of them
-  without --full: scores beyond the sample. The score of the whole text is the log's word, or that
-    of the run's score file
-  without --full: scores made while learning. They are not repeated; `future` shows no use of a
-    target before its score, not the order of updates inside the process
+  that training and evaluation took at most 600 s each, and on which hardware:
+    the log says so
+  that training read no validation text and all its shards; seeds, and how many
+    runs there were
+  that tokenizer and validation shards are the official ones, beyond documents
+    and bytes, and what stats.json says of them
+  without --full: scores beyond the sample. The score of the whole text is the
+    log's word, or that of the run's score file
+  without --full: scores made while learning. They are not repeated; `future`
+    shows no use of a target before its score, not the order of updates inside
+    the process
   what a clock left unlearned: EVAL_SECONDS=0 stops no learning
-  with TTT: isolation and truncation (they run without), and probabilities after a step of learning
-    (normalisation sees none)
-  what only a GPU or only several ranks do, beyond the sample and inside its tolerances
-  probes beyond their places: a few cuts, one border, the contexts that normalisation names (all but
-    that of 63 end in the first window or chunk of a document)
+  with TTT: isolation and truncation (they run without), and probabilities after
+    a step of learning (normalisation sees none)
+  what only a GPU or only several ranks do, beyond the sample and inside its
+    tolerances
+  probes beyond their places: a few cuts, one border, the contexts that
+    normalisation names (all but that of 63 end in the first window or chunk of
+    a document)
   that the script does not notice that it is probed, and behave differently then
-  what the script reads outside its folder: files at absolute paths, the network, Python packages"""
+  what the script reads outside its folder: files at absolute paths, the
+    network, Python packages"""
 
 
 # --------------------------------------------------------------------------------------------------
