@@ -135,6 +135,25 @@ def test_on_a_terminal_steps_are_one_line_that_is_gone_in_the_end():
     assert all(len(part) <= 80 for part in written)
 
 
+def test_a_line_that_is_too_wide_is_broken_between_words():
+    text = "verify: data passed 2 shards, as described\n"
+    text += "  indented: a path/that-is/too-wide_for/it b\n"
+    assert [after_returns(line) for line in on_a_terminal(text, 24)][:-1] == [
+        "verify: data passed 2",
+        "    shards, as described",
+        "  indented: a",
+        "      path/that-is/too-wide_for/it",
+        "      b",
+    ]
+
+
+def test_a_line_that_fits_stays_and_so_does_one_of_unknown_width():
+    fits = "a  line of 24 columns , "
+    assert screen.folded(fits, 24) == fits and len(fits) == 24
+    (line, _) = on_a_terminal("word " * 60 + "\n", 0)
+    assert after_returns(line) == ("word " * 60).strip()
+
+
 def test_a_narrow_terminal_cuts_the_line():
     lines = on_a_terminal(SETTINGS.format(clock=0.0) + TRAINING + "\nthe end\n", 30)
     written = [part for line in lines for part in line.split("\r") if "training" in part]

@@ -3,10 +3,11 @@
     python train_gpt.py | python tools/screen.py
 
 On a terminal the lines of single steps and of what is done of a long pass become one line that
-rewrites itself, every second, with tokens a second and the time that is left; other lines stay.
-Elsewhere all lines stay, and a line of the same form follows every EVERY seconds. The last line,
-`figures: {...}`, is left to the log, which has everything. When nobody reads any more, the run goes
-on; signals to end are left to it.
+rewrites itself, every second, with tokens a second and the time that is left; other lines stay, and
+one that is wider than the terminal is broken between words. Elsewhere all lines stay as they are,
+and a line of the same form follows every EVERY seconds. The last line, `figures: {...}`, is left to
+the log, which has everything. When nobody reads any more, the run goes on; signals to end are left
+to it.
 """
 
 import math
@@ -15,6 +16,7 @@ import re
 import select
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -112,6 +114,15 @@ def lines(file: int, pause: float) -> Iterator[str | None]:
             return
 
 
+def folded(text: str, columns: int) -> str:
+    """Broken between words where it is wider; what follows is indented by four more."""
+    if len(text) <= columns:
+        return text
+    indent = " " * (len(text) - len(text.lstrip()) + 4)
+    options = dict(break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(text, columns, subsequent_indent=indent, **options)
+
+
 class Terminal:
     """A line at the bottom that rewrites itself; any other line ends the stage that it shows."""
 
@@ -123,7 +134,11 @@ class Terminal:
         self.stage, self.since = stage, time.monotonic()
         self.tick()
         if not stage:
-            tqdm.write(text, file=self.bar.fp)
+            tqdm.write(folded(text, self.columns()), file=self.bar.fp)
+
+    def columns(self) -> int:
+        """Of the terminal, at this moment; of one that does not say it, as many as there may be."""
+        return os.get_terminal_size(self.bar.fp.fileno()).columns or sys.maxsize
 
     def tick(self) -> None:
         stage = self.stage and self.stage.at(time.monotonic() - self.since)
