@@ -41,7 +41,7 @@ fi
         fail "$PWD/$folder: no folder that can be written: run in a copy that belongs to you"
 done
 
-is_installed || supervise install
+is_installed || { left="; the next start goes on with $venv"; supervise install; left=; }
 
 if [ "${1:-}" = test ]; then
     # slow: the CUDA path with all layouts and all configurations of kernels, and its tables
@@ -76,7 +76,9 @@ if [ "${1:-}" = check ]; then
     . logs/check.env  # its verdict, and settings with which the run would fit
     exit "$check_failed"
 fi
-shown() { "$@" | (trap '' HUP INT TERM; exec "$python" tools/screen.py); }  # it ends with what it shows
+to_the_end() { trap '' HUP INT TERM; exec "$@"; }  # behind a pipe: it ends with what it reads
+screen() { to_the_end "$python" tools/screen.py; }
+shown() { unreported "$@" | screen; }
 [ "${EVAL_ONLY:-0}" = 0 ] || { supervise shown "${launch[@]}" "$script"; exit; }
 [ ! -f logs/check.env ] || . logs/check.env
 if [ -e submission.json ]; then
@@ -93,14 +95,14 @@ ran=$((SECONDS - began))
 log=logs/$RUN_ID
 left="; $artifact and $log.txt are complete, but not verified and recorded"
 verify() {
-    "$python" tools/verify.py "$artifact" --data "$dataset" --tokenizer "$tokenizer" \
-        --train-script "$script" --log "$log.txt" | tee -i "$log.verify.txt"
+    unreported "$python" tools/verify.py "$artifact" --data "$dataset" --tokenizer "$tokenizer" \
+        --train-script "$script" --log "$log.txt" | to_the_end tee "$log.verify.txt" | screen
 }
 supervise verify
 verified=$((SECONDS - began - ran))
 supervise "$python" tools/record.py "$log.txt" --verified "$log.verify.txt"
 left='; the run is complete, but not all pictures of it are drawn'
-supervise "$python" tools/plot.py "$log.txt" ||
+supervise shown "$python" tools/plot.py "$log.txt" ||
     echo "run.sh: the run is complete, but no pictures of it were drawn" >&2
 left="; the run is complete, but not summed up"
 sum_up() { echo; "$python" tools/summary.py "$log.txt" --program-took "$ran" --verifier-took "$verified"; }

@@ -95,6 +95,19 @@ if "HOLD_VERIFY" in os.environ:
     Path("verifying").touch()
     time.sleep(60)
 """
+VERIFY_UNTIL_STOPPED = """
+import signal, sys, time
+from pathlib import Path
+
+def stop(number, frame):
+    time.sleep(0.2)
+    print("verify: late", flush=True)
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, stop)
+Path("verifying").touch()
+time.sleep(60)
+"""
 RESUMABLE = """
 import runpy, sys
 sys.argv[:] = sys.argv[1:]
@@ -446,8 +459,22 @@ def test_a_signal_ends_the_verifier_and_says_what_is_there(folder, name):
         assert not processes(folder)
     assert process.returncode == 128 + number
     assert "submission.json" not in content(folder)
+    first, last = stderr.splitlines()  # none of bash's own
     complete = "model.ptz and logs/run.txt are complete, but not verified and recorded"
-    assert stderr.splitlines()[-1] == f"run.sh: stopped by SIG{name}; {complete}"
+    assert first.startswith(f"run.sh: SIG{name}: waiting")
+    assert last == f"run.sh: stopped by SIG{name}; {complete}"
+
+
+@needs_proc
+def test_what_the_verifier_says_when_it_is_stopped_is_kept(folder):
+    """It goes through two more processes, all of which hear the signal."""
+    write(folder / "tools/verify.py", VERIFY_UNTIL_STOPPED)
+    with started(folder, until="verifying") as process:
+        os.killpg(process.pid, signal.SIGINT)
+        stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert content(folder)["logs/run.verify.txt"] == "verify: late\n"
+    assert stdout.endswith("verify: late\n")
 
 
 @pytest.fixture
@@ -660,6 +687,13 @@ def test_the_first_start_installs_and_the_second_does_not(folder):
     assert (folder / ".venv/installed.txt").read_text() == "torch==1\npytest==1"
 
 
+def test_an_installation_is_announced_once(folder):
+    (folder / ".venv/installed.txt").unlink()
+    line = "run.sh: installing what requirements.txt names into .venv, which takes some minutes"
+    assert run_sh(folder).stdout.splitlines()[0] == line
+    assert line not in run_sh(folder).stdout
+
+
 def test_requirements_that_changed_are_installed_into_what_is_there(folder):
     write(folder / "requirements.txt", "torch==2\n")
     write(folder / ".venv/own", "kept")
@@ -820,12 +854,32 @@ def test_a_folder_that_is_no_venv_is_not_cleared(folder):
     assert (folder / "mine/text").read_text() == "kept"
 
 
-@needs_proc
-def test_two_installations_do_not_meet(folder):
+@pytest.fixture
+def slow_to_install(folder):
+    """Nothing is installed, and pip waits for the file `go`."""
     (folder / ".venv/installed.txt").unlink()
     text = VENV_PYTHON.replace("PYTHON", sys.executable)
     hold = "[ $3 != install ] || { touch installing; while [ ! -e go ]; do sleep 0.01; done; }"
     write(folder / ".venv/bin/python", text.replace("    exit 0", f"    {hold}\n    exit 0"), 0o755)
+    return folder
+
+
+@needs_proc
+def test_an_installation_that_is_stopped_says_what_the_next_start_does(slow_to_install):
+    folder = slow_to_install
+    with started(folder, until="installing") as process:
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+        assert not processes(folder)
+    assert process.returncode == 130 and not (folder / ".venv/installed.txt").exists()
+    first, last = stderr.splitlines()
+    assert first.startswith("run.sh: SIGINT: waiting")
+    assert last == "run.sh: stopped by SIGINT; the next start goes on with .venv"
+
+
+@needs_proc
+def test_two_installations_do_not_meet(slow_to_install):
+    folder = slow_to_install
     with started(folder, until="installing") as process:
         for arguments in ([], ["check"], ["test"]):
             assert refused(run_sh(folder, *arguments), "run.sh: .venv.lock: ")

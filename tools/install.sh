@@ -25,6 +25,7 @@ install() {
     lock "$venv.lock" "$base"
     rm -f "$venv/installed.txt"
     "$python" -m pip --version >/dev/null 2>&1 || make_venv
+    echo "run.sh: installing what requirements.txt names into $venv, which takes some minutes"
     choose_torch && pip_install -r requirements.txt -r tests/requirements.txt ||
         fail "not all of requirements.txt is in $venv, pip says above why: the first ./run.sh needs a network," \
             "disk space, and a Python and a machine for which there are wheels; start it again to go on"
@@ -35,11 +36,11 @@ install() {
 make_venv() {
     [ ! -e "$venv" ] || [ -e "$venv/pyvenv.cfg" ] ||
         fail "VENV=$venv: it exists and has no pyvenv.cfg, expected a virtual environment or nothing"
-    "$base" -m venv --clear "$venv" >&2 ||
+    unreported "$base" -m venv --clear "$venv" >&2 ||
         fail "$base cannot make $venv, it says above why: on Debian install python3-venv, or $other"
 }
 
-pip_install() { "$python" -m pip install --disable-pip-version-check --quiet "$@"; }
+pip_install() { unreported "$python" -m pip install --disable-pip-version-check --quiet "$@"; }
 
 # PyPI's torch for Linux is the one for CUDA, gigabytes with its libraries. Without a GPU the pinned version is taken
 # from the index for CPUs, if that has it and the user has named no index: its 2.13.0+cpu is a 2.13.0, so that pip

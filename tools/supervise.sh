@@ -19,13 +19,20 @@ end_child() {
 fail_stopped() { fail_with $((128 + $(kill -l "$stopped"))) "stopped by SIG$stopped$left"; }
 for signal in HUP INT QUIT TERM; do trap "stop $signal" "$signal"; done
 
+# In a subshell: runs a command that a signal may end, without a line of bash's own about that ("Terminated"), which
+# it writes to its stderr; the command has it as descriptor 3 meanwhile.
+unreported() {
+    trap 'exit 143' TERM
+    "$@" 2>&3 3>&-
+} 3>&2 2>/dev/null
+
 # Runs a command or function in a process group of its own (set -m), where no signal of the terminal arrives, and
 # which ignores hang-ups: torchrun would end by one and leave its workers. `left`: what is there if it is stopped.
 supervise() {
     local status=0
     child=starting
     set -m
-    (trap '' HUP; trap 'exit 143' TERM; "$@") </dev/null &
+    (trap '' HUP; unreported "$@") </dev/null &
     child=$!
     set +m
     [ -z "$stopped" ] || end_child  # the signal came before the process had a number
