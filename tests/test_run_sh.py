@@ -521,6 +521,53 @@ def test_a_rank_that_fails_ends_the_run_with_its_status(folder_with_torch):
     assert not processes(folder_with_torch)
 
 
+SAYS = """
+import os, sys, time
+from pathlib import Path
+
+print("warning: old", file=sys.stderr)
+if os.environ["RANK"] in os.environ.get("ALONE", ""):
+    print("alone", file=sys.stderr)
+Path("said" + os.environ["RANK"]).touch()
+while len([*Path().glob("said[0-2]")]) < 3:
+    time.sleep(0.01)
+raise ValueError("of each")
+"""
+
+
+@pytest.mark.parametrize("alone, shown", [("", 1), ("0", 1), ("1", 2)])
+def test_what_all_ranks_say_is_shown_once(folder_with_torch, alone, shown):
+    """Of a rank that has said something else all is shown, to stay in one piece."""
+    folder = folder_with_torch
+    write(folder / "train_gpt.py", SAYS)
+    (folder / "tmp").mkdir()
+    result = run_sh(folder, NPROC="3", ALONE=alone, TMPDIR=str(folder / "tmp"))
+    assert result.returncode == 1
+    assert result.stderr.count("warning: old") == shown
+    assert result.stderr.count("alone") == bool(alone)
+    assert 1 <= result.stderr.count("ValueError: of each") <= shown  # others may have been ended
+    assert not [*(folder / "tmp").iterdir()]
+
+
+def test_what_rank_0_says_is_shown_as_it_comes(folder_with_torch):
+    folder = folder_with_torch
+    text = "print('at once', file=sys.stderr)\nif 'HOLD' in os.environ:"
+    write(folder / "train_gpt.py", TRAIN.replace('if "HOLD" in os.environ:', text))
+    with started(folder, until="started0", HOLD="1", NPROC="2") as process:
+        assert process.stderr.readline() == "at once\n"
+        (folder / "go").touch()
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0 and not stderr
+
+
+def test_a_rank_that_lost_another_is_heard_only_if_nobody_says_why():
+    lost = "Traceback\nRuntimeError: [pair.cc:553] Connection closed by peer [127.0.0.1]:434\n"
+    assert ranks.unlike_rank_0(["no space left\n", lost]) == []
+    assert ranks.unlike_rank_0([lost, "a\nwrong\n", "wrong\na\n", "a\n"]) == ["a\nwrong\n"]
+    assert ranks.unlike_rank_0(["", lost, lost]) == [lost]
+    assert ranks.unlike_rank_0([]) == []
+
+
 def test_a_rank_that_is_killed_is_named(capsys):
     """The others were ended by torchrun, because of it."""
     codes = {0: -signal.SIGTERM, 1: -signal.SIGKILL, 2: 128 + signal.SIGTERM}
