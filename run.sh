@@ -46,6 +46,7 @@ is_installed || { left="; the next start goes on with $venv"; supervise install;
 if [ "${1:-}" = test ]; then
     # slow: the CUDA path with all layouts and all configurations of kernels, and its tables
     [ "${2:-}" != slow ] || { export GPULESS=full; set -- test tests/gpuless "${@:3}"; }
+    export RUFF_NO_CACHE=true  # of no use here, and a folder that cannot be written has none
     "$python" -m ruff check .
     "$python" -m ruff format --check --quiet . || { "$python" -m ruff format --diff --quiet .; exit 1; }
     # a worker a core, each with one thread (tests/conftest.py); a file's tests stay with what they share
