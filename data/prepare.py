@@ -318,7 +318,7 @@ def check_space(folder: Path, needed: float, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
-            f"{folder.parent}: {what} need about {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB "
+            f"{folder.parent}: {what} need about {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB "
             "are free: free some, or give another --output-root"
         )
 

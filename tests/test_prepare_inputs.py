@@ -264,7 +264,7 @@ def test_the_space_is_looked_for_before_the_shards(refused, old, tmp_path, monke
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     status, line = refused(docs(path, old, *SPLIT, *SIZE))
     assert status == 1
-    matches(line, "datasets: the training shards need about 0 MB, and 0 MB are free: free some")
+    matches(line, "datasets: the training shards need about 0.1 MB, and 0.0 MB are free: free some")
 
 
 def test_a_full_disk_names_the_file(tmp_path):
