@@ -572,3 +572,22 @@ def test_libraries_are_what_the_program_imports_and_is_not(tmp_path):
 def test_in_process_a_run_has_nothing_of_this_one(tmp_path, runs):
     result = run(script_of(runs()), tmp_path, {"EVAL_ONLY": "1", "ARTIFACT": "nowhere"})
     assert result.returncode == 1 and "nowhere" in result.stderr
+
+
+@pytest.mark.parametrize("env, waits", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_threads_wait_briefly_unless_told(monkeypatch, env, waits):
+    """Otherwise a verification beside other work takes ten times as long."""
+    seen = {}
+
+    def start(job, folder, env, nproc):
+        seen.update(env)
+        return SimpleNamespace(returncode=1, stdout="", stderr="refused", seconds=0.0)
+
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(verify, "fill", lambda *_: None)
+    monkeypatch.setattr(verify, "launch", start)
+    with pytest.raises(RuntimeError, match="no scores: refused"):
+        verify.execute(SimpleNamespace(gpu=False, nproc=1))
+    assert seen["GOMP_SPINCOUNT"] == waits

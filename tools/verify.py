@@ -85,6 +85,8 @@ SETTINGS = dict(
         "DATA_PATH=data TOKENIZER_PATH=tokenizer.model"
     ).split()
 )
+# for GNU OpenMP: threads wait briefly, then sleep, where another process holds one of them up
+WAITS = {"GOMP_SPINCOUNT": "1000"}
 # rows with nothing to read are computed all the same: few of them for short texts
 FEW_ROWS = {"EVAL_ROWS": "4", "VAL_BATCH_SIZE": "8192"}
 # a stream reads, and adapters learn from, one document after another; windows are read alone
@@ -278,7 +280,7 @@ def fill(job, folder: Path, ids: np.ndarray | None) -> None:
 def execute(job, ids: np.ndarray | None = None, nproc: int = 0, **settings) -> SimpleNamespace:
     """Scores these tokens, int [n], in new processes: nats, bytes, position [n - 1], log, status,
     error, seconds. Raises: RuntimeError with the last line of its errors if it wrote no scores."""
-    env = {name: value for name, value in os.environ.items() if INHERITED.fullmatch(name)}
+    env = WAITS | {name: text for name, text in os.environ.items() if INHERITED.fullmatch(name)}
     # float32 on a CPU is what a GPU is measured by
     env |= {"CUDA_VISIBLE_DEVICES": ""} if not job.gpu else {}
     with tempfile.TemporaryDirectory() as folder:
