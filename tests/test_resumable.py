@@ -9,6 +9,7 @@ import contextlib
 import functools
 import gc
 import io
+import logging
 import os
 import pickle
 import re
@@ -111,10 +112,11 @@ def signals_at(at: str, *numbers: int):
 def as_before():
     """Afterwards the program and the signals are as they were."""
     handlers = {number: signal.getsignal(number) for number in resumable.SIGNALS}
-    names = "between_steps train pack save_state".split()
+    names = "between_steps train pack save_state write_whole".split()
+    owners = [(t, name) for name in names] + [(logging.Handler, "handleError")]
     with contextlib.ExitStack() as stack:
-        for name in names:
-            stack.enter_context(mock.patch.object(t, name, getattr(t, name)))
+        for owner, name in owners:
+            stack.enter_context(mock.patch.object(owner, name, getattr(owner, name)))
         yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -585,13 +587,13 @@ def test_killed_in_the_middle_of_a_write_the_older_checkpoint_stays(place, whole
 
 
 @contextlib.contextmanager
-def full_disk(*kinds: str):
-    """No such file can become larger than 50 kB."""
+def full_disk(*kinds: str, room: int = 50_000):
+    """No such file can have more bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def write_whole(path, *args, call=t.write_whole):
         if path in kinds:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
         try:
             call(path, *args)
         finally:
@@ -623,6 +625,28 @@ def test_a_full_disk_is_said_by_what_is_left(place, stopped, whole):
         assert older.stop("call quantize", RESUME="auto") == KEPT + CHECKPOINT
     assert older.finish(RESUME="auto").made() == whole().made()
     assert re.match(rf"resumed: {CHECKPOINT} step:3 ", older.lines("resumed: ")[-1])
+
+
+def test_a_full_disk_that_ends_the_run_names_the_file(place, whole):
+    with full_disk("model.ptz.sample.npz", room=100):
+        line = "train_gpt.py: [Errno 27] File too large: 'model.ptz.sample.npz'"
+        assert place.start() == (1, [line])
+    assert {path.name for path in place.folder.glob("model.*")} == {"model.ptz", TRAINED}
+    assert place.finish(RESUME="auto").outputs() == whole().outputs()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk without room")
+def test_a_log_that_takes_no_more_is_told_once(place, whole):
+    def happens(text):
+        if text.startswith("step:3/6 train"):
+            t.log.handlers[-1].setStream(open("/dev/full", "w")).close()
+
+    with events(happens):
+        status, lines = place.start()
+    line = "logs/run.txt: [Errno 28] No space left on device: lines will be missing there"
+    assert (status, lines) == (0, [line])
+    assert place.lines("step:3/6") and not place.lines("step:4/6")
+    assert place.outputs()["model.ptz"] == whole().outputs()["model.ptz"]
 
 
 # --------------------------------------------------------------------------------------------------

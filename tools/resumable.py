@@ -11,13 +11,15 @@ is none or its run has come to its end; RESUME=path goes on from this one. Setti
 tokenizer and data must be those of the run that wrote it; the number of ranks may be another. A run
 that went on says `resumed:` in its log, which is that of the first part, and in its figures. The
 clock goes on where it stood; to write checkpoints takes time from the training. One that cannot be
-written, as on a full disk, does not end the run.
+written, as on a full disk, does not end the run; nor does a log, whose lines are still shown.
+Another file that cannot be read or written ends it with one line.
 """
 
 import argparse
 import contextlib
 import functools
 import hashlib
+import logging
 import math
 import os
 import re
@@ -282,9 +284,28 @@ def keeper_of(module, t, env) -> Keeper:
     return Keeper(t, hp, path, state, every)
 
 
+def write_by_name(write_whole, path, write) -> None:
+    """A write that fails leaves no part of the file; its error names the file, as others do."""
+    try:
+        write_whole(path, write)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        raise
+
+
+def tell_once(handler: logging.Handler, _record) -> None:
+    """In place of a traceback for each line that a log does not take."""
+    if not hasattr(handler, "told"):
+        handler.told, name = True, os.path.relpath(getattr(handler, "baseFilename", "stdout"))
+        print(f"{name}: {sys.exc_info()[1]}: lines will be missing there", file=sys.stderr)
+
+
 def run(module, keeper: Keeper) -> None:
-    """module: of the script."""
+    """module: of the script. Raises: OSError naming the file."""
     t, hp = keeper.t, keeper.hp
+    t.write_whole = functools.partial(write_by_name, t.write_whole)
+    logging.Handler.handleError = tell_once
     if hp.eval_only or not keeper.state or "progress" in keeper.state:
         keeper.attach()
         t.main(module.Hyperparameters, module.GPT, getattr(module, "Validation", t.Validation))
@@ -309,7 +330,10 @@ def main(argv: list[str] | None = None) -> int | str:
         keeper = keeper_of(module, repack.t, os.environ)
     except (OSError, ValueError) as error:
         return f"{args.script.name}: {error}" if repack.t.world.rank == 0 else 1
-    run(module, keeper)
+    try:
+        run(module, keeper)
+    except OSError as error:
+        return f"{args.script.name}: {error}"
     return 0
 
 
