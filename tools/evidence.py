@@ -115,8 +115,8 @@ def older() -> list[str]:
 
 
 @cache
-def demo() -> logs.Run:
-    path = ROOT / "logs" / "demo.txt"
+def demo(name: str = "demo.txt") -> logs.Run:
+    path = ROOT / "logs" / name
     run, _ = logs.choose(path, logs.read_runs(path))
     if not run.trained:
         raise ValueError(f"{path}: no run that trained and came to its end")
@@ -165,6 +165,15 @@ def table_of_the_demo() -> Iterator[str]:
     )
     forecast = f"{number(steps):,}", f"{seconds} s, {scoring} s"
     yield row("`./run.sh check` forecast", *forecast, "", "", "", "", size, "")
+
+
+def attention_alone() -> Iterator[str]:
+    """README's experiment."""
+    bpb = demo("attention.txt").figures["val_bpb"]
+    worse = bpb - demo().figures["val_bpb"]
+    comparison = "more" if worse > 0 else "less"
+    log = "[`logs/attention.txt`](logs/attention.txt)"
+    yield f"Attention alone has {bpb:.4f} bits per byte, {abs(worse):.3f} {comparison} ({log})."
 
 
 # --------------------------------------------------------------------------------------------------
@@ -321,9 +330,17 @@ def table_of_fla() -> Iterator[str]:
         yield row(label, count, f"{most:,}", over)
 
 
+def table_of_tool(name: str, function: str) -> Iterator[str]:
+    """What a module of tools/ makes of its own log."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield from getattr(importlib.import_module(name), function)()
+
+
 BLOCKS = dict(
     commands=commands,
     demo=table_of_the_demo,
+    attention=attention_alone,
     sizes=table_of_sizes,
     speed=table_of_speed,
     graphs=table_of_graphs,
@@ -331,6 +348,8 @@ BLOCKS = dict(
     savings=table_of_savings,
     fla=table_of_fla,
     logs=table_of_logs,
+    ladder=lambda: table_of_tool("ladder", "tables"),
+    costs=lambda: table_of_tool("forecast", "table"),
 )
 
 

@@ -8,9 +8,10 @@
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.."
 root=$PWD
-targets=(demo size delta graphs floor kernels faults tests)
+targets=(demo attention size delta graphs floor kernels faults tests)
 declare -A makes=(
     [demo]="demo.check.txt demo.txt demo.verify.txt"
+    [attention]=attention.txt
     [size]=bench_cpu.txt
     [delta]=bench_delta.txt
     [graphs]=gpuless_graphs.txt
@@ -27,7 +28,7 @@ list() {
     for target in "${targets[@]}"; do
         for log in ${makes[$target]}; do
             took=$(awk -F '\t' -v name="$log" '$1 == name && $4 != "-" { print $4 " s" }' logs/made.tsv)
-            printf '%-8s logs/%-20s %s\n' "$target" "$log" "${took:-not timed}"
+            printf '%-9s logs/%-20s %s\n' "$target" "$log" "${took:-not timed}"
         done
     done
     echo "demo also makes submission.json and docs/pictures/; tests come last, as they read the others"
@@ -60,6 +61,11 @@ make_demo() {
     RUN_ID=demo ./run.sh
     note demo.txt $((SECONDS - start)) "RUN_ID=demo ./run.sh"
     note demo.verify.txt - "tools/verify.py, by ./run.sh"
+}
+make_attention() {
+    local start=$SECONDS
+    RUN_ID=attention LAYOUT=S6 ./run.sh
+    note attention.txt $((SECONDS - start)) "RUN_ID=attention LAYOUT=S6 ./run.sh"
 }
 make_size() { printed bench_cpu.txt "$python" tools/bench.py --size; }
 make_delta() { printed bench_delta.txt "$python" tools/bench.py --delta; }

@@ -12,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,12 +79,13 @@ def tokens_per_second(row: dict) -> float:
     return steps * row["tokens"]
 
 
-def show() -> None:
-    print("| candidate | layout | MLP | parameters | ms a step | M tokens/s |")
-    print("|---|---|--:|--:|--:|--:|")
+def table() -> Iterator[str]:
+    """The candidates that have been measured, the fastest first."""
+    yield "| candidate | layout | MLP | parameters | ms a step | M tokens/s |"
+    yield "|---|---|--:|--:|--:|--:|"
     for name, row in sorted(measured().items(), key=lambda item: -tokens_per_second(item[1])):
         steps = ", ".join(f"{1e3 * seconds:.1f}" for _, seconds in row["seconds"])
-        print(
+        yield (
             f"| {name} | `{row['layout']}` | {row['mlp_mult']:.2f} | {row['parameters']:,} | "
             f"{steps} | {tokens_per_second(row) / 1e6:.2f} |"
         )
@@ -100,7 +102,7 @@ def main() -> None:
     elif args.command == "steps":
         measure_missing(args.names or [*ladder.LAYOUTS, ladder.TRANSFORMER])
     else:
-        show()
+        print(*table(), sep="\n")
 
 
 if __name__ == "__main__":

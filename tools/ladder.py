@@ -18,6 +18,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cache
@@ -289,23 +290,28 @@ def climb(folder: Path, workers: int) -> None:
 # --- Tables ---------------------------------------------------------------------------------------
 
 
-def show() -> None:
+def table(tokens: int) -> Iterator[str]:
+    """Of a rung: the candidates that have been on it, the best first."""
     found = results()
-    for tokens in RUNGS:
-        names = sorted({run.candidate for run in found if run.tokens == tokens})
-        if not names:
-            continue
-        print(f"\n{tokens:,} tokens; about {target_bytes():,.0f} bytes each\n")
-        print("| candidate | MLP | parameters | bits per byte | int6 | seeds | ms a step |")
-        print("|---|--:|--:|--:|--:|--:|--:|")
-        for name in best(names, tokens, found, len(names)):
-            rows = [row for run, row in found.items() if run[:2] == (name, tokens)]
-            int6 = statistics.mean(row["val_bpb"] for row in rows)
-            print(
-                f"| {name} | {rows[0]['mlp_mult']:.2f} | {rows[0]['parameters']:,} | "
-                f"{score(name, tokens, found):.4f} | {int6:.4f} | {len(rows)} | "
-                f"{statistics.mean(row['step_milliseconds'] for row in rows):.0f} |"
-            )
+    names = {run.candidate for run in found if run.tokens == tokens}
+    yield "| candidate | MLP | parameters | bits per byte | int6 | seeds |"
+    yield "|---|--:|--:|--:|--:|--:|"
+    for name in best(names, tokens, found, len(names)):
+        rows = [row for run, row in found.items() if run[:2] == (name, tokens)]
+        int6 = statistics.mean(row["val_bpb"] for row in rows)
+        yield (
+            f"| {name} | {rows[0]['mlp_mult']:.2f} | {rows[0]['parameters']:,} | "
+            f"{score(name, tokens, found):.4f} | {int6:.4f} | {len(rows)} |"
+        )
+
+
+def tables() -> Iterator[str]:
+    reached = {run.tokens for run in results()}
+    for tokens in filter(reached.__contains__, RUNGS):
+        yield f"{tokens:,} tokens, {target_bytes():,.0f} bytes by estimate:"
+        yield ""
+        yield from table(tokens)
+        yield ""
 
 
 def main() -> int | str | None:
@@ -321,7 +327,8 @@ def main() -> int | str | None:
         one.add_argument(name, type=kind)
     args = parser.parse_args()
     if args.command == "show":
-        return show()
+        print(*tables(), sep="\n")
+        return 0
     if missing := [name for name in ("DATA_PATH", "TOKENIZER_PATH") if name not in os.environ]:
         return f"ladder: {' and '.join(missing)}: not set, and there is no default"
     if args.command == "one":
