@@ -94,14 +94,17 @@ class SgdTTT(train_gpt.LoraTTT):
     Afterwards the weights are as they were."""
 
     learned = 0  # targets
-    # of a text that makes it learn once
-    warm_up_tokens = property(lambda self: 2 * self.hp.ttt_chunk_tokens + 2)
+    warm_up_tokens = property(lambda self: 2 * self.hp.ttt_chunk_tokens + 2)  # it learns once
 
     def score(self, tokens: Tensor, plan: train_gpt.Plan) -> tuple[Tensor, Tensor]:
         saved = copy.deepcopy(self.model.state_dict())
         result = super().score(tokens, plan)
         self.model.load_state_dict(saved)
         return result
+
+    def learns(self, name: str) -> bool:  # a parameter
+        frozen = tuple(f"blocks.{i}." for i in range(self.hp.ttt_freeze_blocks))
+        return not name.startswith(frozen)
 
     def segment_targets(self, n: int) -> int:
         """Targets of a segment, of n in all: it is scored whole, then learned from."""
@@ -111,9 +114,7 @@ class SgdTTT(train_gpt.LoraTTT):
         return train_gpt.score(self.model, tokens, plan)
 
     def read(self, tokens: Tensor, plan: train_gpt.Plan) -> tuple[Tensor, Tensor]:
-        frozen = tuple(f"blocks.{i}." for i in range(self.hp.ttt_freeze_blocks))
-        named = self.model.named_parameters()
-        self.weights = [p for name, p in named if not name.startswith(frozen)]
+        self.weights = [p for name, p in self.model.named_parameters() if self.learns(name)]
         self.sgd = torch.optim.SGD(self.weights, momentum=0.9)
         rows = max(1, self.hp.ttt_chunk_tokens // (world.size * self.hp.train_seq_len))
         self.chunk = rows * world.size * self.hp.train_seq_len
@@ -133,8 +134,7 @@ class SgdTTT(train_gpt.LoraTTT):
                 self.learn_segment(end)
         return nats, self.count
 
-    def in_time(self, share: float) -> bool:
-        """share: of the segment."""
+    def in_time(self, share: float) -> bool:  # of the segment
         return super().in_time(self.begun + self.part * share)
 
     def learn_segment(self, end: int) -> None:
