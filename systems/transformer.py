@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH=1 leaves it out
+import layers
 import parts
 import torch
 import torch.nn.functional as F
@@ -104,16 +105,12 @@ class PhasedTTT(parts.SgdTTT):
             self.learn(first, end, epochs=1)
 
 
-class GPT(parts.UNet):
+class GPT(layers.LateLoop, parts.UNet):
     param_rules = (
         (r"attn_gate$", SCALAR, ZEROS),  # a gate of 1/2
         (r"lanes$", SCALAR, lambda w, hp: w.copy_(torch.tensor([1.1, 1.0, 1.0]))),
         *parts.UNet.param_rules,
     )
-
-    def build(self, hp: Hyperparameters) -> None:
-        super().build(hp)
-        self.looped_order = self.order
 
     def new_block(self, index: int, mixer: nn.Module) -> train_gpt.Block:
         has_lanes = 0 < self.hp.parallel_start_layer <= index
@@ -123,15 +120,6 @@ class GPT(parts.UNet):
         if kind == "G":
             return super().new_mixer(kind)
         return GatedAttention(self.hp, self.hp.window_size if kind == "S" else sys.maxsize)
-
-    def set_looping(self, on: bool) -> None:
-        order = self.looped_order if on else sorted({*self.looped_order})
-        if len(order) > len(self.order):
-            train_gpt.log.info(f"layer_loop:enabled passes:{order}")
-        self.order = order
-
-    def set_progress(self, progress: float) -> None:
-        self.set_looping(progress >= self.hp.enable_looping_at)
 
     def enter(self, x, earlier: list):
         """Skips go to the first lane; the second starts as the first before its skip."""

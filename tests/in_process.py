@@ -34,13 +34,19 @@ SMALL = dict(
         "VAL_BATCH_SIZE=256 RUN_ID=run SCORES=scores.npz ARTIFACT=model.ptz"
     ).split()
 )
-LAYOUTS = {"train_gpt": "G S", "kv_share": "G2", "transformer": "A (A)x2 A"}
+LAYOUTS = {
+    "train_gpt": "G S",
+    "kv_share": "G2",
+    "transformer": "A (A)x2 A",
+    "hybrid_1895": "G A (A)x2",
+}
+SHARED = ["systems/parts.py", "systems/layers.py"]  # by systems, those that have them
 
 
 def planted(folder: Path, system: str, *edits: tuple[str, str]) -> Path:
     """A copy of the program in the folder, with each text replaced, which must be there once: in
     train_gpt.py, the system's file, or what systems share. Returns the script."""
-    names = ["train_gpt.py", "systems/parts.py", f"systems/{system}.py"]
+    names = ["train_gpt.py", *SHARED, f"systems/{system}.py"]
     names = names[:1] if system == "train_gpt" else names
     sources = {name: (ROOT / name).read_text("utf-8") for name in names}
     for old, new in edits:
@@ -68,13 +74,14 @@ def modules_of(script: Path) -> tuple[types.ModuleType, types.ModuleType]:
     name, folder = f"program_{next(SERIAL)}", script.parent
     is_system = folder.name == "systems"
     path = folder.parent / "train_gpt.py" if is_system else script
-    known = {key: sys.modules.pop(key, None) for key in ("train_gpt", "parts")}
+    known = {key: sys.modules.pop(key, None) for key in ("train_gpt", "parts", "layers")}
     with mock.patch.object(sys, "path", [str(folder), *sys.path]):
         base = sys.modules["train_gpt"] = load(path, name)
         base.world.device, base.world.dtype = torch.device("cpu"), torch.float32
         top = load(script, f"{name}_system") if is_system else base
     # the program looks among the modules for the files that it is made of
-    sys.modules[f"{name}_parts"] = sys.modules.pop("parts", base)
+    for part in ("parts", "layers"):
+        sys.modules[f"{name}_{part}"] = sys.modules.pop(part, base)
     sys.modules.update({key: module for key, module in known.items() if module})
     return base, top
 

@@ -457,5 +457,5 @@ def refuses(action: Callable) -> bool:
 
 def counted(p: Program) -> list[Path]:
     """The files that the program is made of."""
-    names = ["train_gpt.py", "systems/parts.py", "systems/" + p.script.name]
+    names = ["train_gpt.py", *in_process.SHARED, "systems/" + p.script.name]
     return [p.folder / name for name in names if (p.folder / name).is_file()]

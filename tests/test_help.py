@@ -18,7 +18,9 @@ import help as help_page  # noqa: E402  (the path comes first)
 import variables  # noqa: E402
 
 MODULES = {path.stem: path.stem for path in (ROOT / "systems").glob("*.py")}
-MODULES = {"record": "train_gpt"} | {k: v for k, v in MODULES.items() if k != "parts"}
+MODULES = {"record": "train_gpt"} | {
+    k: v for k, v in MODULES.items() if k not in ("parts", "layers")
+}
 CASES = [(system, preset) for system in sorted(MODULES) for preset in ("record", "demo")]
 # of a shell, of launchers, or put into the environment by run.sh itself
 # of the shell, of torchrun and of libraries

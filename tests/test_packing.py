@@ -310,7 +310,7 @@ def test_no_file_is_executed(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize("name", [*SYSTEMS, "parts"])
+@pytest.mark.parametrize("name", [*SYSTEMS, "parts", "layers"])
 def test_the_source_has_no_way_to_execute_a_file(name):
     source = Path(system(name).__file__).read_text()
     assert not re.search(r"\b(pickle|marshal|shelve|dill|joblib)\b", source)
