@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt  # noqa: E402  (the path comes first)
-from train_gpt import Linear, norm, shift  # noqa: E402
+from train_gpt import Linear, norm, rotary, shift  # noqa: E402
 
 
 class LateLoop(train_gpt.GPT):
@@ -76,3 +76,59 @@ class GroupedDeltaNet(train_gpt.GatedDeltaNet):
         o, state = train_gpt.gated_delta_rule(q, k, v, g, b[:, -T:].float().sigmoid(), state)
         o = o if self.o_norm is None else norm(o, self.o_norm)
         return self.o_proj((o * F.silu(heads(gate))).flatten(2)), state
+
+
+def sink_attention(q, k, v, sink: Tensor, doc: Tensor, most: int) -> Tensor:
+    """As train_gpt.window_attention without a window; before the first token of each document
+    stands one more key, whose value is zero. sink: [Hkv, D], this key."""
+    attend = varlen_sink_attention if q.is_cuda else masked_sink_attention
+    return attend(q, k, v, sink, doc, most)
+
+
+def masked_sink_attention(q, k, v, sink: Tensor, doc: Tensor, most: int) -> Tensor:
+    B, T = doc.shape
+    seen = doc.new_ones(T, T, dtype=torch.bool).tril() & (doc[:, :, None] == doc[:, None, :])
+    seen = F.pad(seen, (1, 0), value=True)[:, None]  # [B, 1, T, 1 + T]
+    k, v = torch.cat((sink.expand(B, 1, -1, -1), k), 1), F.pad(v, (0, 0, 0, 0, 1, 0))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True).transpose(1, 2)
+
+
+def varlen_sink_attention(q, k, v, sink: Tensor, doc: Tensor, most: int) -> Tensor:
+    """All rows as one packed sequence, with `most` more keys: each document, also one that is only
+    room, has one more key than queries. Where there are fewer queries than keys, the last of both
+    stand at the same place, so that a query sees the sink and the tokens up to its own."""
+    B, T = doc.shape
+    starts = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0), value=True).flatten()
+    torch._assert_async(starts.sum() <= most, "more documents than expected")
+    cu_seqlens = torch.nonzero_static(starts, size=most + 1, fill_value=B * T).flatten().int()
+    cu_keys = cu_seqlens + torch.arange(most + 1, dtype=torch.int32, device=doc.device)
+    places = torch.arange(B * T, device=doc.device) + starts.cumsum(0)  # of tokens among keys
+    keys = sink.repeat(B * T + most, 1, 1).index_copy(0, places, k.flatten(0, 1))
+    values = torch.zeros_like(keys).index_copy(0, places, v.flatten(0, 1))
+    q = q.flatten(0, 1)
+    how = dict(window_size=(-1, 0), enable_gqa=True)
+    y = train_gpt.varlen_attn(q, keys, values, cu_seqlens, cu_keys, T, T + 1, **how)
+    return y.unflatten(0, (B, T))
+
+
+class SinkAttention(train_gpt.Attention):
+    """Full attention that may look at nothing: each kv head has one learned key without a value. It
+    has no position either: queries meet it in the dimensions that are not rotated, so that a
+    document scores the same at any place."""
+
+    def __init__(self, hp):
+        super().__init__(hp, sys.maxsize)
+        self.sink = nn.Parameter(torch.empty(hp.num_kv_heads, hp.head_dim - hp.rope_dims))
+
+    def attend(self, seen: Tensor, T: int, ctx: train_gpt.Context) -> Tensor:
+        linears = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in train_gpt.products(seen, *linears))
+        q, k = rotary(norm(q), ctx) * self.q_gain.to(q.dtype)[:, None], rotary(norm(k), ctx)
+        sink = F.pad(self.sink, (self.head_dim - self.sink.shape[1], 0)).to(q.dtype)
+        y = sink_attention(q, k, v, sink, ctx.doc, ctx.most)[:, -T:]
+        if self.xsa:
+            own = F.normalize(v[:, -T:], dim=-1).unsqueeze(3)  # [B, T, Hkv, 1, D]
+            y = y.unflatten(2, (v.shape[2], -1))  # [B, T, Hkv, group, D]
+            y = (y - (y * own).sum(-1, keepdim=True) * own).flatten(2, 3)
+        return y

@@ -1,0 +1,100 @@
+"""Attention with a sink, as it is packed for CUDA."""
+
+import inspect
+
+import layers
+import numpy as np
+import pytest
+import torch
+from streams import count_documents
+from toys import random_ids, tiny_of
+
+import train_gpt
+
+# ---- attention with a sink
+
+
+def attention_with_a_sink(q, k, v, sink, doc):
+    """One query after the other: softmax over the sink and the tokens of its document so far."""
+    group, out = q.shape[2] // k.shape[2], torch.zeros_like(q)
+    for b, t, h in np.ndindex(*q.shape[:3]):
+        kv, seen = h // group, (doc[b] == doc[b, t]) & (torch.arange(len(doc[b])) <= t)
+        keys = torch.cat((sink[kv][None], k[b, seen, kv]))
+        shares = (keys @ q[b, t, h] / q.shape[3] ** 0.5).softmax(0)
+        out[b, t, h] = shares[1:] @ v[b, seen, kv]  # the sink's value is zero
+    return out
+
+
+@pytest.fixture
+def varlen_on_cpu(monkeypatch):
+    """varlen_attn with more keys than queries, as FlashAttention has it: the last of both stand at
+    the same place."""
+    names = [*inspect.signature(train_gpt.varlen_attn).parameters]
+    assert names[:7] == "query key value cu_seq_q cu_seq_k max_q max_k".split()
+
+    def varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
+        assert window_size == (-1, 0) and enable_gqa
+        assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+        assert cu_seq_q[-1] == len(query) and cu_seq_k[-1] == len(key) == len(value)
+        assert cu_seq_q.diff().max() <= max_q and cu_seq_k.diff().max() <= max_k
+        lengths = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
+        parts = zip(
+            query.split(lengths[0]), key.split(lengths[1]), value.split(lengths[1]), strict=True
+        )
+        out = []
+        for q, k, v in parts:  # [tokens, heads, D]
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+            seen = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+            scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[2] ** 0.5
+            scores = scores.masked_fill(~seen, -torch.inf)
+            out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
+        return torch.cat(out)
+
+    monkeypatch.setattr(train_gpt, "varlen_attn", varlen)
+
+
+def sink_inputs():
+    """Float64 with gradients: q, k, v, sink; and the number of each token's document, some of them
+    of one token."""
+    ids = random_ids(tiny_of("train_gpt"), B=3, T=14, starts=(4, 5))
+    ids[1, 4:6], ids[2, 0] = 9, train_gpt.BOS_ID
+    shapes = (3, 14, 4, 8), (3, 14, 2, 8), (3, 14, 2, 8), (2, 8)
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    return inputs, (ids == train_gpt.BOS_ID).cumsum(1)
+
+
+@pytest.mark.parametrize("room", [0, 1, 9])
+@pytest.mark.parametrize("path", ["masked", "varlen"])
+def test_a_sink_is_one_more_key_without_a_value(varlen_on_cpu, path, room):
+    """Outputs, and gradients of all inputs; there may be room for more documents."""
+    inputs, doc = sink_inputs()
+    most, weights = count_documents(doc) + room, torch.randn(3, 14, 4, 8).double()
+    y = getattr(layers, f"{path}_sink_attention")(*inputs, doc, most)
+    expected = attention_with_a_sink(*inputs, doc)
+    torch.testing.assert_close(y, expected, atol=1e-12, rtol=0)
+    found, wanted = (torch.autograd.grad((x * weights).sum(), inputs) for x in (y, expected))
+    for gradient, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient, other, atol=1e-12, rtol=0)
+    assert found[3].abs().min() > 1e-3
+
+
+def test_sinks_refuse_more_documents_than_there_is_room_for(varlen_on_cpu):
+    inputs, doc = sink_inputs()
+    with pytest.raises(RuntimeError, match="more documents than expected"):
+        layers.varlen_sink_attention(*inputs, doc, count_documents(doc) - 1)
+
+
+@pytest.mark.cuda
+def test_sinks_on_the_gpu_are_those_of_the_cpu():
+    """Also with documents of one token, and room for more of them."""
+    q, k, v = (torch.randn(2, 200, n, 64).bfloat16() for n in (4, 2, 2))
+    sink, doc = torch.randn(2, 64).bfloat16(), torch.zeros(2, 200, dtype=torch.long)
+    doc[0, 70:], doc[1, 1:], doc[1, 150:] = 1, 1, 2
+    weights, results = torch.randn(2, 200, 4, 64), []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        inputs = [x.to(device, dtype).requires_grad_() for x in (q, k, v, sink)]
+        y = layers.sink_attention(*inputs, doc.to(device), 9)
+        loss = (y.float() * weights.to(device)).sum()
+        results.append([y, *torch.autograd.grad(loss, inputs)])
+    for x, y in zip(*results, strict=True):
+        assert (x - y.cpu().float()).square().mean() < (0.011 * x).square().mean()
