@@ -3,6 +3,7 @@ the other."""
 
 import copy
 import math
+import re
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -100,6 +101,12 @@ MODES = {
         "kv_share", "kv_share", "parts", "SgdTTT", SLIDING | dict(ttt="sgd", layout="G2")
     ),
 }
+MLPS = Mode(  # full attention sees whole documents
+    *("hybrid_1895", "hybrid_1895", "hybrid_1895", "MlpTTT"),
+    STREAM
+    | dict(ttt="sgd", layout="G A2", eval_seq_len=64, rope_dims=4)
+    | dict(gdn_key_heads=1, parallel_start_layer=2),
+)
 LEARNING = [mode for mode in MODES if MODES[mode].learner]
 
 
@@ -108,15 +115,20 @@ def chunk_of(hp) -> int:
     return max(1, hp.ttt_chunk_tokens // hp.train_seq_len) * hp.train_seq_len
 
 
+def learns(name: str, hp) -> bool:
+    """Whether SGD trains this parameter: of hybrid_1895 MLPs, else all but the first blocks."""
+    if hp.system == "hybrid_1895":
+        return bool(re.fullmatch(r"blocks\.\d+\.mlp(_scale|\.(up|down)_proj\.weight)", name))
+    return not name.startswith(tuple(f"blocks.{i}." for i in range(hp.ttt_freeze_blocks)))
+
+
 class SlowSGD:
     """The steps of #1734 on the weights of `model`, in place: for each row, then for each
     parameter."""
 
     def __init__(self, model, tokens, hp):
         self.model, self.tokens, self.hp, self.steps = model, tokens, hp, 0
-        frozen = tuple(f"blocks.{i}." for i in range(hp.ttt_freeze_blocks))
-        named = model.named_parameters()
-        self.trained = [p for name, p in named if not name.startswith(frozen)]
+        self.trained = [p for name, p in model.named_parameters() if learns(name, hp)]
         self.momentum = [torch.zeros_like(p) for p in self.trained]
 
     def learn(self, chunk: int, horizon: int, epochs: int) -> None:

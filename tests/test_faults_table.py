@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import pytest
 from conftest import ROOT
+from toys import SYSTEMS
 
 TESTS, GUIDE = ROOT / "tests", ROOT / "docs" / "troubleshooting.md"
 LAUNCHING = [f"tools/{name}.py" for name in ("lock", "settings", "help", "variables", "misnamed")]
@@ -43,7 +44,6 @@ ADVICE = re.compile(
     r"|verify|make|take|goes on|starts anew|larger|newer|smaller)\b|usage:"
 )
 STATUSES = {"0", "1", "2", "128 + number"}
-SYSTEMS = ["train_gpt", "baseline", "kv_share", "pure_gdn", "crawler", "transformer"]
 HOLE = "\0"  # in place of what depends on the case
 
 

@@ -44,36 +44,51 @@ def sigmoid(x):
     return 1 / (1 + (-x).exp())
 
 
-def slow_conv(x, taps):
-    """x: [T, n] of one document; taps: [n, 4], the last of the token itself."""
-    rows = []
+def silu(x):
+    return x * sigmoid(x)
+
+
+def positive(x):
+    return torch.where(x > 0, x + 1, x.exp())
+
+
+def slow_conv(x, taps, activation=silu):
+    """x: [T, n] of one document; taps: [n, size], the last of the token itself."""
+    rows, last = [], taps.shape[1] - 1
     for t in range(len(x)):
-        row = sum(taps[:, 3 - back] * x[t - back] for back in range(min(3, t) + 1))
-        rows.append(row * sigmoid(row))
+        row = sum(taps[:, last - back] * x[t - back] for back in range(min(last, t) + 1))
+        rows.append(activation(row))
     return torch.stack(rows)
 
 
 def slow_delta_net(W, n, hp):
-    """Gated DeltaNet over one document. W: weights by name; n: [T, D], normalised."""
-    d, y = hp.gdn_head_dim, {}
+    """Gated DeltaNet over one document. W: weights by name; n: [T, D], normalised. With grouped
+    values, if a system has that, queries and keys are positive."""
+    d, y, is_grouped = hp.gdn_head_dim, {}, hasattr(hp, "gdn_key_heads")
+    group = hp.gdn_heads // hp.gdn_key_heads if is_grouped else 1
     for name in "qkv":
-        y[name] = slow_conv(n @ W(f"{name}_proj.weight").T, W(f"{name}_conv1d"))
+        activation = positive if is_grouped and name != "v" else silu
+        y[name] = slow_conv(n @ W(f"{name}_proj.weight").T, W(f"{name}_conv1d"), activation)
     out = torch.zeros(len(n), hp.gdn_heads * d).double()
     for h in range(hp.gdn_heads):
         mine, S = slice(h * d, (h + 1) * d), torch.zeros(d, d).double()
+        shared = slice(h // group * d, (h // group + 1) * d)
         for t in range(len(n)):
             dt = torch.log(1 + (n[t] @ W("a_proj.weight")[h] + W("dt_bias")[h]).exp())
             beta = sigmoid(n[t] @ W("b_proj.weight")[h])
-            k, q = (y[name][t, mine] / y[name][t, mine].norm() for name in "kq")
+            k, q = (y[name][t, shared] / y[name][t, shared].norm() for name in "kq")
             S = (-W("A_log")[h].exp() * dt).exp() * S
             S = S + beta * torch.outer(k, y["v"][t, mine] - S.T @ k)
             gate = n[t] @ W("g_proj.weight")[mine].T
-            out[t, mine] = rms(S.T @ q / d**0.5) * W("o_norm") * gate * sigmoid(gate)
+            o = S.T @ q / d**0.5
+            o = rms(o) * W("o_norm") if getattr(hp, "o_norm", True) else o
+            out[t, mine] = o * silu(gate)
     return out @ W("o_proj.weight").T
 
 
-def slow_attention(W, n, hp, window, gated=False):
-    """Attention over one document, the outputs of heads gated if a system has that."""
+def slow_attention(W, n, hp, window, gated=False, sink=False):
+    """Attention over one document, the outputs of heads gated, and a key without a value, if a
+    system has these."""
     d, pairs = hp.head_dim, hp.rope_dims // 2
     frequencies = [hp.rope_base ** (-i / pairs) for i in range(pairs)]
     frequencies = torch.tensor(frequencies, dtype=torch.float64)
@@ -92,8 +107,10 @@ def slow_attention(W, n, hp, window, gated=False):
         for t in range(len(n)):
             seen = range(max(0, t - window + 1), t + 1)
             query = turned(rms(q[t, mine]), t) * W("q_gain")[h]
-            scores = torch.stack([query @ keys[j] / d**0.5 for j in seen])
-            y = sum(p * v[j, shared] for p, j in zip(scores.softmax(0), seen, strict=True))
+            scores = [query @ keys[j] / d**0.5 for j in seen]
+            scores += [query[hp.rope_dims :] @ W("sink")[kv] / d**0.5] if sink else []
+            shares = torch.stack(scores).softmax(0)[: len(seen)]
+            y = sum(p * v[j, shared] for p, j in zip(shares, seen, strict=True))
             if hp.xsa:
                 own = v[t, shared] / v[t, shared].norm()
                 y = y - (y @ own) * own
@@ -119,9 +136,11 @@ HAS = dict(  # what a system adds
     train_gpt=(),
     pure_gdn=(),
     baseline=("skips",),
+    gdn_hybrid=("n-grams",),
     kv_share=("n-grams", "pairs"),
     crawler=("n-grams", "skips", "LN scale", "instructions"),
     transformer=("skips", "LN scale", "gate", "lanes"),
+    hybrid_1895=("skips", "LN scale", "sink", "side by side"),
 )
 
 
@@ -163,11 +182,13 @@ def slow_model(name, model, hp, blocks, order, ids):
             mixed = slow_delta_net(W, c * rms(u), hp)
         else:
             window = hp.window_size if kind == "S" else len(ids)
-            mixed = slow_attention(W, c * rms(u), hp, window, "gate" in has)
+            mixed = slow_attention(W, c * rms(u), hp, window, "gate" in has, "sink" in has)
         mixed = P(f"blocks.{i}.mixer_scale") * mixed
         if lane is not None:
             out, ((a, b, c), (d, e, f)) = mlp(lane), P(f"blocks.{i}.lanes")
             x, lane = a * x + b * mixed + c * out, d * lane + e * mixed + f * out
+        elif "side by side" in has and 0 < hp.parallel_start_layer <= i:
+            x = u + mixed + mlp(u)
         else:
             x = u + mixed
             if not (name == "crawler" and kind == "G"):
@@ -338,8 +359,27 @@ MODELS = {  # system, options, (kind, owner) of each block, order of the passes
         own("GSGA"),
         [0, 1, 1, 2, 3],
     ),
+    "gdn_hybrid": (
+        "gdn_hybrid",
+        dict(layout="G S G S=1", rope_dims=16) | GROUPS,
+        [*own("GSG"), ("S", 1)],
+        [0, 1, 2, 3],
+    ),
+    "hybrid_1895": (
+        "hybrid_1895",
+        dict(layout="G A (A)x2 A G", parallel_start_layer=3, gdn_heads=4, gdn_key_heads=2) | GROUPS,
+        own("GAAAG"),
+        [0, 1, 2, 2, 3, 4],
+    ),
+    "hybrid_1895, other convolutions": (
+        "hybrid_1895",
+        dict(layout="A (G A=0)x2", parallel_start_layer=0, conv_size=3, o_norm=True, xsa=False),
+        [*own("AG"), ("A", 0)],
+        [0, 1, 2, 1, 2],
+    ),
 }
-ONCE = [name for name, (which, *_) in MODELS.items() if which == "transformer"]
+LATE = "transformer", "hybrid_1895"  # systems whose loop begins late
+ONCE = [name for name, (which, *_) in MODELS.items() if which in LATE]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import baseline
 import crawler
+import gdn_hybrid
+import hybrid_1895
 import kv_share
 import pure_gdn
 import pytest
@@ -17,7 +19,7 @@ import train_gpt
 from train_gpt import Hyperparameters
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = baseline, crawler, kv_share, pure_gdn, transformer
+MODULES = baseline, crawler, gdn_hybrid, hybrid_1895, kv_share, pure_gdn, transformer
 SYSTEMS = {"record": Hyperparameters} | {m.__name__: m.Hyperparameters for m in MODULES}
 FIELDS = [(system, f.name) for system, cls in SYSTEMS.items() for f in fields(cls)]
 
@@ -46,6 +48,10 @@ VALID = {  # fields for which that value is impossible, or their own
     "max_wallclock_seconds": "99.5",
     "embed_bits": "5",
     "loop_bits": "5",
+    "attn_out_bits": "5",
+    "frequent_bits": "5",
+    "frequent": "0f" * 1024,
+    "conv_size": "3",
 }
 OWN_VALID = {  # the same of one system
     "baseline": dict(eval_mode="stream", ttt="lora", head_dim="96", xsa="1"),
@@ -55,6 +61,16 @@ OWN_VALID = {  # the same of one system
         ttt="lora", train_seq_len="2048", train_batch_tokens="393216", curriculum="0:2x64"
     ),
     "transformer": dict(layout="A4 (A2)x2 A5"),
+    "gdn_hybrid": dict(ttt="lora", xsa="1", head_dim="96"),
+    "hybrid_1895": dict(
+        layout="A4 (G2)x2 A5",
+        head_dim="32",
+        rope_dims="8",
+        gdn_heads="6",
+        gdn_key_heads="1",
+        train_seq_len="2048",
+        o_norm="1",
+    ),
 }
 PRESETS = sorted(tuple(path.name.split(".")[:2]) for path in (ROOT / "presets").glob("*.json"))
 NEEDS = {  # what else must change with it
@@ -204,7 +220,7 @@ POSITIVE = set(
     "NUM_HEADS NUM_KV_HEADS WINDOW_SIZE ROPE_BASE LOGIT_SOFTCAP ITERATIONS "
     "EVAL_STRIDE VAL_BATCH_SIZE MATRIX_CLIP_SIGMAS EMBED_CLIP_SIGMAS GPTQ_CALIBRATION_BATCHES "
     "MUON_BACKEND_STEPS MLP_CLIP_SIGMAS EVAL_CHUNK EVAL_ROWS TTT_EPOCHS TTT_CHUNK_TOKENS "
-    "TTT_LORA_RANK TRAIN_LOG_EVERY ATTN_GATE_DIMS".split()
+    "TTT_LORA_RANK TRAIN_LOG_EVERY ATTN_GATE_DIMS GDN_KEY_HEADS".split()
 )
 # a row of one value has no deviation
 TWO = set("MODEL_DIM GDN_HEAD_DIM HEAD_DIM NGRAM_DIM INST_DIM EVAL_SEQ_LEN".split())
@@ -212,7 +228,7 @@ SHARES = set(
     "WARMDOWN_FRAC MIN_LR EMA_DECAY EMA_START MUON_MOMENTUM_WARMUP_FRAC MUON_MOMENTUM BETA1 BETA2 "
     "ENABLE_LOOPING_AT".split()
 )
-BITS = {"MATRIX_BITS", "EMBED_BITS", "LOOP_BITS"}
+BITS = {"MATRIX_BITS", "EMBED_BITS", "LOOP_BITS", "ATTN_OUT_BITS", "FREQUENT_BITS"}
 
 
 def out_of_bounds(system: str):
@@ -231,6 +247,8 @@ def out_of_bounds(system: str):
             bad = dict.fromkeys(("-1", "0", "1"), "2 or more")
         elif name == "SEED":
             bad = dict.fromkeys(("-1", str(10**18 + 1), str(2**64)), "0 to 1e+18")
+        elif name == "CONV_SIZE":
+            bad = dict.fromkeys(("-1", "0", "5"), "1 to 4")
         elif name in TWO:
             bad = dict.fromkeys(("-1", "0", "1"), "2 or more")
         elif name in POSITIVE:
@@ -305,6 +323,15 @@ IMPOSSIBLE = [  # system, environment, the variable to blame, what else the mess
     ("kv_share", dict(LAYOUT="G S"), "LAYOUT", "an even number of blocks G"),
     ("kv_share", dict(NGRAM_VOCAB_SIZE="1"), "NGRAM_VOCAB_SIZE", "0 or more than 1"),
     ("crawler", dict(LAYOUT="A4"), "LAYOUT", "a group that loops"),
+    ("gdn_hybrid", dict(NGRAM_VOCAB_SIZE="1"), "NGRAM_VOCAB_SIZE", "0 or more than 1"),
+    ("hybrid_1895", dict(LAYOUT="G S"), "LAYOUT", "KIND"),
+    ("hybrid_1895", dict(LAYOUT="A"), "LAYOUT", "more than one pass"),
+    ("hybrid_1895", dict(HEAD_DIM="48"), "HEAD_DIM", "a power of 2"),
+    ("hybrid_1895", dict(ROPE_DIMS="64"), "ROPE_DIMS", "less than HEAD_DIM"),
+    ("hybrid_1895", dict(GDN_KEY_HEADS="3"), "GDN_KEY_HEADS", "to divide"),
+    ("hybrid_1895", dict(FREQUENT="0f"), "FREQUENT", "2048 hexadecimal digits"),
+    ("hybrid_1895", dict(FREQUENT="0g" * 1024), "FREQUENT", "2048 hexadecimal digits"),
+    ("hybrid_1895", dict(TTT="lora"), "TTT", "sgd"),
     ("transformer", dict(TTT="sgd"), "TTT", "lora"),
     ("transformer", dict(ATTN_GATE_DIMS="513"), "ATTN_GATE_DIMS", "MODEL_DIM"),
     *(

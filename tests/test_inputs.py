@@ -38,13 +38,13 @@ from corpus import (
     write_shard,
 )
 from in_process import LAYOUTS, ROOT, SMALL, run
+from toys import SYSTEMS
 
 FIRST, TRAIN = "data/fineweb_train_000000.bin", "data/fineweb_train_000001.bin"
 VAL = "data/fineweb_val_000000.bin"
 TOKENIZER, STATS = "data/tokenizer.model", "data/stats.json"
 SIDECAR = "data/fineweb_val_bytes_000000.bin"
-SYSTEMS = ["train_gpt", "baseline", "kv_share", "pure_gdn", "crawler", "transformer"]
-LAYOUT = LAYOUTS | dict(baseline="A2", pure_gdn="G S", crawler="A (A G)x2 A")
+LAYOUT = LAYOUTS | dict(baseline="A2", gdn_hybrid="G S", pure_gdn="G S", crawler="A (A G)x2 A")
 PLACE = dict(DATA_PATH="data", TOKENIZER_PATH=TOKENIZER, VOCAB_SIZE="384", ITERATIONS="2")
 
 
@@ -903,6 +903,7 @@ def sizes_of(system: str) -> list:
 COMPANIONS = dict(
     model_dim=dict(smear_dims=0, attn_gate_dims=1, mlp_mult=1),  # a hidden unit, or two
     head_dim=dict(rope_dims=0),
+    gdn_heads=dict(gdn_key_heads=1),
     num_heads=dict(num_kv_heads=1),
     train_batch_tokens=dict(train_seq_len=1, curriculum="0:1x1"),
     train_seq_len=dict(curriculum="0:1x1"),
@@ -910,7 +911,14 @@ COMPANIONS = dict(
     eval_seq_len=dict(eval_stride=1),
 )
 NO_BATCHES = {("pure_gdn", "grad_accum_steps")}  # 0 is within its bounds, and refused
-LOWEST = [(system, f.name) for system in SYSTEMS for f in sizes_of(system)]
+OWN_ONLY = "gdn_hybrid", "hybrid_1895"  # what they have of others is tried with those
+OTHERS = {f.name for system in SYSTEMS if system not in OWN_ONLY for f in sizes_of(system)}
+LOWEST = [
+    (system, f.name)
+    for system in SYSTEMS
+    for f in sizes_of(system)
+    if system not in OWN_ONLY or f.name not in OTHERS
+]
 BASE = dict(iterations=1, curriculum="0:1x64", inst_dim=4, train_batch_tokens=64, rope_dims=4)
 
 

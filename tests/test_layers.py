@@ -1,13 +1,16 @@
-"""Attention with a sink, as it is packed for CUDA."""
+"""Attention with a sink as it is packed for CUDA, and what hybrid_1895 does to weights and bits
+before they are quantized. The formulas of both mixers are in test_formulas.py."""
 
+import copy
 import inspect
 
+import hybrid_1895
 import layers
 import numpy as np
 import pytest
 import torch
 from streams import count_documents
-from toys import random_ids, tiny_of
+from toys import in_float64, random_ids, tiny_of
 
 import train_gpt
 
@@ -98,3 +101,77 @@ def test_sinks_on_the_gpu_are_those_of_the_cpu():
         results.append([y, *torch.autograd.grad(loss, inputs)])
     for x, y in zip(*results, strict=True):
         assert (x - y.cpu().float()).square().mean() < (0.011 * x).square().mean()
+
+
+# ---- before quantization
+
+SMALL = dict(layout="G A (A)x2 G", num_heads=4, num_kv_heads=2, parallel_start_layer=2)
+
+
+def batches_of(hp, *ids):
+    return [(torch.tensor(row), None) for row in ids]
+
+
+@torch.no_grad()
+def test_rotated_values_leave_the_function_and_spread_outliers(lively, monkeypatch):
+    """In float64, as values and their output projections are rotated in float32."""
+    hp = tiny_of("hybrid_1895", **SMALL)
+    model = in_float64(monkeypatch, lively(hybrid_1895.GPT(hp)))
+    v = model.blocks[1].mixer.v_proj.weight
+    v[3] *= 30  # one channel of the first head
+    ids, before = random_ids(hp, T=40, starts=(0, 17)), copy.deepcopy(model)
+    model.rotate_values()
+    torch.testing.assert_close(model(ids), before(ids), atol=1e-11, rtol=0)
+    changed = [n for (n, p), q in zip(model.named_parameters(), before.parameters(), strict=True)
+               if not torch.equal(p, q)]  # fmt: skip
+    assert changed == [f"blocks.{i}.mixer.{x}_proj.weight" for i in (1, 2) for x in "vo"]
+    assert v.std(1)[:16].max() < 1.5 * v.std(1)[:16].min()
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 64])
+def test_hadamard_matrices(n):
+    H = hybrid_1895.hadamard(n)
+    torch.testing.assert_close(H @ H, torch.eye(n))
+    torch.testing.assert_close(H.abs(), torch.full((n, n), n**-0.5))
+    assert torch.equal(H, H.T)
+
+
+def test_bits_of_frequent_tokens_and_of_outputs_of_attention(lively):
+    """At calibration the commonest inputs become the frequent ones; of equals the first."""
+    hp = tiny_of("hybrid_1895", **SMALL, frequent_tokens=3, embed_clip_sigmas=1.0)
+    hp.matrix_clip_sigmas = hp.mlp_clip_sigmas = 1.5
+    model = lively(hybrid_1895.GPT(hp))
+    assert model.precision("tok_emb.weight")[0].tolist() == [8, 8, 8] + 61 * [7]
+    hessians = model.calibrate(batches_of(hp, [[5, 9, 9, 9]], [[7, 5, 9, 8]]))
+    assert hp.is_frequent().nonzero().flatten().tolist() == [5, 7, 9]
+    bits = [8 if token in (5, 7, 9) else 7 for token in range(64)]
+    assert model.precision("tok_emb.weight")[0].tolist() == bits
+    for quantized in train_gpt.quantize(model, hessians), train_gpt.quantize(model):
+        q, scale = quantized["tok_emb.weight"]
+        assert q.abs().amax(1).tolist() == [2 ** (b - 1) - 1 for b in bits]
+        expected = model.tok_emb.weight.std(1) / (2.0 ** (torch.tensor(bits) - 1) - 1)
+        torch.testing.assert_close(scale.float(), expected, rtol=1e-3, atol=0)
+        largest = {name: q.abs().max().item() for name, (q, _) in quantized.items()}
+        outputs = {name for name, value in largest.items() if value == 63}
+        assert outputs == {f"blocks.{i}.mixer.o_proj.weight" for i in (1, 2)}
+        assert {x for name, x in largest.items() if ".mixer" in name} == {31, 63}
+
+
+def test_what_is_frequent_is_kept_with_the_artifact(lively, tmp_path):
+    """And with what a run keeps before it quantizes: tools/repack.py goes on from hyperparameters,
+    weights and Hessians."""
+    hp = tiny_of("hybrid_1895", **SMALL, frequent_tokens=3)
+    model = lively(hybrid_1895.GPT(hp))
+    hessians = model.calibrate(batches_of(hp, [[5, 9, 9, 9]], [[7, 5, 9, 8]]))
+    quantized = train_gpt.quantize(model, hessians)
+    train_gpt.save_artifact(tmp_path / "model.ptz", model, hp, quantized)
+    loaded, found = train_gpt.load_artifact(
+        tmp_path / "model.ptz", "cpu", hybrid_1895.Hyperparameters, hybrid_1895.GPT
+    )
+    assert found.frequent == hp.frequent and loaded.hp.is_frequent()[[5, 7, 9]].all()
+    train_gpt.save_state(tmp_path / "state.pt", hp, model)
+    config = torch.load(tmp_path / "state.pt", weights_only=True)["config"]
+    again = hybrid_1895.GPT(hybrid_1895.Hyperparameters(**config))
+    again.load_state_dict(model.state_dict())
+    repacked = train_gpt.quantize(again, hessians)
+    assert all(torch.equal(q, repacked[name][0]) for name, (q, _) in quantized.items())

@@ -114,7 +114,8 @@ def test_no_setting_of_the_system_is_warned_of(system):
 
 
 def test_a_setting_of_another_system_is_told_with_it():
-    told = "a setting of SYSTEM=kv_share and SYSTEM=transformer, not of train_gpt.py"
+    systems = " and ".join(f"SYSTEM={name}" for name in ("hybrid_1895", "kv_share", "transformer"))
+    told = f"a setting of {systems}, not of train_gpt.py"
     assert warnings("TTT_CHUNK_TOKENS") == [f"TTT_CHUNK_TOKENS: {told}"]
     assert warnings("TTT_CHUNK_TOKENS", system="kv_share") == []
     assert warnings("CURRICULUM", system="crawler") == [

@@ -107,6 +107,7 @@ SYSTEMS = [
     ("transformer", dict(layout="A (G)x2 S A", parallel_start_layer=0)),
     ("transformer", dict(layout="A S G", parallel_start_layer=2, xsa=False)),
     ("transformer", dict(layout="S (S)x2 S2", parallel_start_layer=3)),
+    ("hybrid_1895", dict(layout="G A (A)x2 G", parallel_start_layer=3)),
 ]
 
 

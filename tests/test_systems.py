@@ -13,9 +13,11 @@ from train_gpt import Muon
 PUBLISHED = dict(  # parameters
     train_gpt=33_862_953,
     baseline=17_059_912,
+    gdn_hybrid=33_862_953,
     kv_share=33_909_825,
     crawler=14_487_088,
     transformer=35_945_671,
+    hybrid_1895=35_896_408,
 )
 
 
@@ -132,7 +134,7 @@ def test_parameters_that_no_gradient_would_reach_are_refused(case):
 # ---- what some have
 
 
-@pytest.mark.parametrize("name", ["baseline", "crawler", "transformer"])
+@pytest.mark.parametrize("name", ["baseline", "crawler", "transformer", "hybrid_1895"])
 def test_skips_start_as_what_they_skip(name):
     """Weight 1, gate 1/2, one for each pair of passes."""
     model = model_of(name, toy(name))
@@ -141,7 +143,7 @@ def test_skips_start_as_what_they_skip(name):
     assert model.kinds["skips"] == "scalar"
 
 
-@pytest.mark.parametrize("name", ["kv_share", "crawler"])
+@pytest.mark.parametrize("name", ["gdn_hybrid", "kv_share", "crawler"])
 def test_n_grams_start_at_a_table_of_zeros_under_an_orthogonal_projection(name):
     model = model_of(name, toy(name))
     assert (model.ngram.table == 0).all()
@@ -185,10 +187,29 @@ def test_lanes_and_gates_start_as_stated():
     assert {model.kinds[name] for name in lanes | gates} == {"scalar"}
 
 
+def test_what_is_only_of_hybrid_1895_starts_as_stated():
+    """Sinks as a key of zeros; convolutions as those of torch; A log-uniform from 1 to 8."""
+    hp = toy("hybrid_1895", gdn_heads=64, gdn_head_dim=2, gdn_key_heads=32)
+    model = model_of("hybrid_1895", hp)
+    named = dict(model.named_parameters())
+    sinks = {name: p for name, p in named.items() if name.endswith("sink")}
+    assert [*sinks] == [f"blocks.{i}.mixer.sink" for i in range(2, 10)]  # G2 A (A3)x3 A4 G
+    assert all(p.shape == (2, 8) and (p == 0).all() for p in sinks.values())
+    taps = [p for name, p in named.items() if name.endswith("conv1d")]
+    assert [len(p) for p in taps] == 3 * [64, 64, 128] and {p.shape[1] for p in taps} == {2}
+    assert 0.65 < max(p.abs().max() for p in taps) <= 0.5**0.5
+    A = torch.cat([p for name, p in named.items() if name.endswith("A_log")]).exp()
+    assert 1 <= A.min() < 1.2 and 6.5 < A.max() <= 8 and 2.2 < A.median() < 3.6  # 8**0.5
+    parallel = [type(block).__name__ == "ParallelBlock" for block in model.blocks]
+    assert parallel == 8 * [False] + 3 * [True]
+    assert not [name for name in named if "o_norm" in name or "smear" in name]
+
+
+@pytest.mark.parametrize("name", ["transformer", "hybrid_1895"])
 @pytest.mark.parametrize("at", [0.0, 0.35, 1.0])
-def test_progress_switches_the_transformers_loop_on(at):
+def test_progress_switches_a_loop_on(name, at):
     """What is scored and calibrated has the loop, whenever it begins."""
-    model = model_of("transformer", toy("transformer", enable_looping_at=at))
+    model = model_of(name, toy(name, enable_looping_at=at))
     looped = [0, 1, 2, *3 * [3, 4, 5], 6, 7, 8, 9, 10]
     assert model.order == looped
     for progress in (0.0, 0.2, 0.35, 0.9, 1.0, 0.1, 1.0):

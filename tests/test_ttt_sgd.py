@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from learning import MODES, TEXT, learn_row_by_row, learn_slowly, segments_of, small
+from learning import MLPS, MODES, TEXT, learn_row_by_row, learn_slowly, segments_of, small
 from streams import Spied, all_in_float64, in_lockstep, text_of, weights_of
 from toys import system
 
@@ -94,6 +94,17 @@ def test_sgd_learns_shared_keys_and_values_and_the_n_grams(lively, exact, overri
     model = lively(mode.new_model(hp))
     assert type(model.learner(hp)) is type(mode.new_learner(model, hp))
     check_sgd(mode, hp, model, text_of(*TEXT))
+
+
+@pytest.mark.parametrize("sizes", [{}, dict(ttt_epochs=5, eval_chunk=3)], ids=str)
+def test_sgd_of_hybrid_1895_learns_its_mlps_only(lively, exact, sizes):
+    hp = MLPS.small(**sizes)
+    hp.validate()
+    model = lively(MLPS.new_model(hp))
+    learner = model.learner(hp)
+    assert type(learner) is type(MLPS.new_learner(model, hp))
+    assert sum(learner.learns(name) for name, _ in model.named_parameters()) == 3 * 3
+    check_sgd(MLPS, hp, model, text_of(*TEXT))
 
 
 TEXTS = [(150,), (1, 120, 30), (32, 32, 32, 32), (33, 31, 33, 31), (31, 1, 32, 1, 64, 3)]
@@ -210,7 +221,7 @@ def test_phases_on_ranks(lively, exact, monkeypatch, size):
 # ---- which of them
 
 
-@pytest.mark.parametrize("name", ["kv_share", "transformer"])
+@pytest.mark.parametrize("name", ["kv_share", "transformer", "hybrid_1895"])
 def test_without_ttt_nothing_learns(name):
     hp = small(name, ttt="", layout="G2")
     model = system(name).GPT(hp)

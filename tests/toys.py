@@ -9,7 +9,9 @@ from conftest import TINY
 
 from train_gpt import BOS_ID, world
 
-SYSTEMS = ["train_gpt", "baseline", "kv_share", "pure_gdn", "crawler", "transformer"]  # modules
+SYSTEMS = (  # modules
+    "train_gpt baseline gdn_hybrid kv_share pure_gdn crawler transformer hybrid_1895".split()
+)
 CURRICULUM = "0:1x16 0.15:2x32 0.45:3x64"  # for three micro-batches
 # of what only one system has, as TINY of the others
 OWN = dict(
@@ -19,6 +21,8 @@ OWN = dict(
     attn_gate_dims=5,
     ttt_chunk_tokens=256,
     curriculum="0:1x64",
+    gdn_key_heads=1,
+    frequent_tokens=30,
 )
 
 
@@ -42,7 +46,7 @@ def toy(name, **changes):
     changes = dict(train_batch_tokens=3 * 128, grad_accum_steps=3) | changes
     if name == "pure_gdn":
         changes = dict(curriculum=CURRICULUM) | changes
-    if name == "transformer":
+    if hasattr(own, "parallel_start_layer"):
         changes = dict(parallel_start_layer=own.parallel_start_layer) | changes
     kept = {key: getattr(own, key) for key in ("layout", "mlp_mult", "eval_mode", "ttt")}
     return tiny_of(name, **kept | changes)

@@ -40,14 +40,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "systems")]
 import train_gpt as t  # noqa: E402  (the paths come first)
 
-# parameters as published: #1545, #1787 with #1855, the competition's baseline, #1734, #875, #1047
+# parameters as published: #1545, #1787 with #1855, the competition's baseline, #1545, #1734, #875,
+# #1047, #1895
 PUBLISHED = dict(
     record="33,862,953",
     transformer="35,945,671",
     baseline="17,059,912",
+    gdn_hybrid="33,862,953",
     kv_share="33,909,825",
     pure_gdn="not stated",
     crawler="14,487,088",
+    hybrid_1895="35,896,408",
 )
 SYSTEMS = tuple(PUBLISHED)
 
@@ -173,9 +176,12 @@ def bench_delta(args) -> None:
 # --- Size -----------------------------------------------------------------------------------------
 
 
-def gaussian_bits(bits: int, clip_sigmas: float) -> float:
+def gaussian_bits(bits: int | torch.Tensor, clip_sigmas: float) -> float:
     """Entropy in bits of a normal variable rounded to steps of clip_sigmas / qmax standard
-    deviations."""
+    deviations; of bits for each row, the mean."""
+    if isinstance(bits, torch.Tensor):
+        kinds, rows = (x.tolist() for x in bits.unique(return_counts=True))
+        return statistics.fmean((gaussian_bits(kind, clip_sigmas) for kind in kinds), rows)
     qmax = 2 ** (bits - 1) - 1
     edges = (torch.arange(-qmax, qmax, dtype=torch.float64) + 0.5) * clip_sigmas / qmax
     cdf = F.pad(torch.special.ndtr(edges), (1, 1))

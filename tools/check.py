@@ -708,10 +708,12 @@ def packing(job) -> Row:
         if not is_scalar:
             values[model.precision(name)] += p.numel()
     size, took = 2 * half + 2048, 0.0  # 2048: the JSON text
-    for precision, count in values.items():
+    for (bits, clip_sigmas), count in values.items():
         part = min(MIB, count)
         rows = torch.randn(max(1, part // 1024), 1024)
-        data = t.gptq_quantize(rows, torch.eye(rows.shape[1]), *precision)[0].numpy().tobytes()
+        if isinstance(bits, Tensor):  # of each row: as many of each kind
+            bits = bits.cpu()[torch.linspace(0, len(bits) - 1, len(rows)).long()]
+        data = t.gptq_quantize(rows, torch.eye(1024), bits, clip_sigmas)[0].numpy().tobytes()
         start = time.perf_counter()
         packed = len(brotli.compress(data, quality=11, lgwin=24))
         took += (time.perf_counter() - start) * count / len(data)

@@ -42,9 +42,11 @@ STACKS = dict(
     record=dict(G=("G S", "G2 S"), S=("G S", "G S2")),
     transformer=dict(A=("A2", "A3")),
     baseline=dict(A=("A2", "A3")),
+    gdn_hybrid=dict(G=("G S", "G2 S"), S=("G S", "G S2")),
     kv_share=dict(G=("G2", "G4")),
     pure_gdn=dict(G=("G S", "G2 S"), S=("G S", "G S2")),
     crawler=dict(A=("A (A G)x2 A", "A2 (A G)x2 A"), G=("A (A G)x2 A", "A (A G2)x2 A")),
+    hybrid_1895=dict(G=("G A", "G2 A"), A=("G A", "G A2")),
 )
 
 

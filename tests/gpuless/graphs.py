@@ -38,10 +38,12 @@ import train_gpt  # noqa: E402  (the paths come first)
 SHORT = dict(
     train_gpt=dict(layout="G S S=1"),
     baseline=dict(layout="A2"),
+    gdn_hybrid=dict(layout="G S S=1"),
     kv_share=dict(layout="G2", ttt_freeze_blocks=1),
     pure_gdn=dict(layout="G S"),
     crawler=dict(layout="A (A G)x2"),
     transformer=dict(layout="A (A)x2 A", parallel_start_layer=2, ttt_freeze_blocks=1),
+    hybrid_1895=dict(layout="G (A)x2 A", parallel_start_layer=2),
 )
 RANKS, RANK = 8, 1  # not the first, which also writes files
 STEPS = 6  # of training
@@ -154,6 +156,8 @@ class Run:
         self.replace(t, "stream_plan", self.with_values)
         self.replace(t, "reserve", self.with_values)
         self.replace(t, "write_scores", self.write_scores)
+        if hasattr(GPT, "set_frequent"):  # counts values
+            self.replace(GPT, "set_frequent", lambda *_: None)
         self.mark(GPT, "__call__", lambda *_: "forward")
         self.mark(GPT, "set_progress", lambda _, progress: f"progress {progress:.2f}")
         for name in "train", "warm_up", "collect_hessians", "evaluate", "write_scores":

@@ -35,6 +35,10 @@ GRAPHS = {
         **{f"train, progress {start}": 2 for start in ("0.00", "0.35")},
         **{"windows": 1, "final pass": 2, "SGD": 2, "stream": 1},
     },
+    "hybrid_1895": {
+        **{f"train, progress {start}": 2 for start in ("0.00", "0.40")},
+        **{"windows": 1, "final pass": 1, "SGD": 2},
+    },
 }
 # loss and norm of the gradient, together
 STEP_WAITS = {"train: tolist": 1}
@@ -108,7 +112,7 @@ def test_scoring_waits_before_and_behind_all_steps_only(system):
         assert traces.waits(scoring) == PASS_WAITS
 
 
-@pytest.mark.parametrize("system", ["kv_share", "transformer"])
+@pytest.mark.parametrize("system", ["kv_share", "transformer", "hybrid_1895"])
 def test_sgd_waits_once_a_chunk(system):
     """Whether all of the chunk is scored."""
     learning = [e for e in events(system) if e.phase == f"{final_pass(system)} > learn"]

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-SYSTEMS = ["train_gpt", "baseline", "kv_share", "pure_gdn", "crawler", "transformer"]  # modules
+# modules; gdn_hybrid has the record's layers and the n-grams of kv_share
+SYSTEMS = "train_gpt baseline kv_share pure_gdn crawler transformer hybrid_1895".split()
 FULL = os.environ.get("GPULESS") == "full"  # layouts as they are, not a layer of each kind
 
 
