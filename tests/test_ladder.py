@@ -8,7 +8,6 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT
 from corpus import write_corpus
 from test_resumable import as_before
@@ -76,22 +75,6 @@ def test_shared_keys_are_keys_repeated(lively):
     plain.load_state_dict(state)
     ids = torch.randint(2, 64, (2, 40))
     assert torch.allclose(grouped(ids), plain(ids), atol=1e-5)
-
-
-@pytest.mark.parametrize("size", [0, 2, 4])
-def test_a_convolution_sees_so_many_tokens(size):
-    x = torch.randn(1, 20, 3, dtype=torch.double)
-    ids = torch.randint(2, 64, (1, 20))
-    ids[0, 9] = t.BOS_ID
-    ctx = t.make_context(ids, t.Hyperparameters())
-    taps = torch.randn(3, size, dtype=torch.double) if size else None
-    y = variants.convolved(x, taps, ctx)
-    for i in range(20):
-        first = 9 if i >= 9 else 0
-        expected = x[0, i].clone()
-        if size:
-            expected = sum(taps[:, -1 - n] * x[0, i - n] for n in range(size) if i - n >= first)
-        assert torch.allclose(y[0, i], F.silu(expected))
 
 
 @pytest.mark.parametrize("T, window", [(64, 16), (50, 16), (7, 16), (33, 1)])

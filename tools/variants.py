@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / name) for name in (".", "systems")]
-import parts  # noqa: E402  (the paths come first)
+import layers  # noqa: E402  (the paths come first)
+import parts  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import transformer  # noqa: E402
@@ -59,42 +60,7 @@ def blocked_window_attention(q, k, v, window: int, doc: Tensor, most: int) -> Te
     return y.transpose(1, 2).unflatten(0, (doc.shape[0], -1)).flatten(1, 2)[:, :T]
 
 
-class DeltaNet(t.GatedDeltaNet):
-    def __init__(self, hp: Hyperparameters):
-        super().__init__(hp)
-        D, H, K = hp.model_dim, hp.gdn_heads, hp.gdn_head_dim
-        keys = hp.gdn_key_heads or H
-        self.q_proj, self.k_proj = t.Linear(D, keys * K), t.Linear(D, keys * K)
-        sizes = dict(q_conv1d=keys * K, k_conv1d=keys * K, v_conv1d=H * K)
-        for name, size in sizes.items():
-            taps = nn.Parameter(torch.empty(size, hp.conv_size)) if hp.conv_size else None
-            setattr(self, name, taps)
-        if not hp.o_norm:
-            self.o_norm = None
-
-    def forward(self, seen: Tensor, T: int, ctx: t.Context, state: Tensor | None):
-        def heads(x):
-            return x[:, -T:].unflatten(-1, (-1, self.head_dim))  # [B, T, heads, K]
-
-        linears = self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj
-        q, k, v, gate, a, b = t.products(seen, *linears)
-        q = F.normalize(heads(convolved(q, self.q_conv1d, ctx)), dim=-1)
-        k = F.normalize(heads(convolved(k, self.k_conv1d, ctx)), dim=-1)
-        v = heads(convolved(v, self.v_conv1d, ctx))
-        q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
-        g = -self.A_log.exp() * F.softplus(a[:, -T:].float() + self.dt_bias)
-        g = g.masked_fill(ctx.same_doc[:, -T:, :1] == 0, t.RESET_LOG_DECAY)
-        o, state = t.gated_delta_rule(q, k, v, g, b[:, -T:].float().sigmoid(), state)
-        o = o if self.o_norm is None else t.norm(o, self.o_norm)
-        return self.o_proj((o * F.silu(heads(gate))).flatten(2)), state
-
-
-def convolved(x: Tensor, taps: Tensor | None, ctx: t.Context) -> Tensor:
-    """As short_conv, with fewer taps or none."""
-    return F.silu(x) if taps is None else t.short_conv(x, F.pad(taps, (4 - taps.shape[1], 0)), ctx)
-
-
-class GPT(parts.UNet):
+class GPT(layers.LateLoop, parts.UNet):
     param_rules = (
         (r"conv1d$", t.SCALAR, lambda w, hp: w.uniform_(-(w.shape[1] ** -0.5), w.shape[1] ** -0.5)),
         (r"attn_gate$", t.SCALAR, t.ZEROS),
@@ -102,23 +68,17 @@ class GPT(parts.UNet):
     )
 
     def build(self, hp: Hyperparameters) -> None:
-        t.GPT.build(self, hp)
-        self.looped_order = self.order
-        if hp.unet_skips:
-            self.skips = nn.Parameter(torch.empty(2, len(self.order) // 2, hp.model_dim))
-        for i, block in enumerate(self.blocks if hp.ln_scale else ()):
-            block.norm_scale = (i + 1) ** -0.5
+        self.ln_scale = hp.ln_scale
+        super().build(hp)
+        if not hp.unet_skips:
+            del self.skips
 
     def new_mixer(self, kind: str) -> nn.Module:
         if kind == "G":
-            return DeltaNet(self.hp)
+            return layers.GroupedDeltaNet(self.hp)
         window = self.hp.window_size if kind == "S" else sys.maxsize
         gated = self.hp.attn_gate_dims > 0
         return (transformer.GatedAttention if gated else t.Attention)(self.hp, window)
 
     def enter(self, x: Tensor, earlier: list[Tensor]) -> Tensor:
         return super().enter(x, earlier) if self.hp.unet_skips else x
-
-    def set_progress(self, progress: float) -> None:
-        looping = progress >= self.hp.enable_looping_at
-        self.order = self.looped_order if looping else sorted({*self.looped_order})
