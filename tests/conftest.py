@@ -5,6 +5,7 @@ float32, also on a machine that has a GPU.
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -19,6 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "systems")]
 
 import train_gpt  # noqa: E402  (the paths come first)
+
+# below nohup, or in the background of a script, signals are ignored, also by what tests start
+for number, usual in {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGHUP: signal.SIG_DFL,
+}.items():
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, usual)
 
 TINY = dict(
     vocab_size=64,
