@@ -912,12 +912,12 @@ COMPANIONS = dict(
 )
 NO_BATCHES = {("pure_gdn", "grad_accum_steps")}  # 0 is within its bounds, and refused
 OWN_ONLY = "gdn_hybrid", "hybrid_1895"  # what they have of others is tried with those
-OTHERS = {f.name for system in SYSTEMS if system not in OWN_ONLY for f in sizes_of(system)}
+TRIED = {f.name for system in SYSTEMS if system not in OWN_ONLY for f in sizes_of(system)}
 LOWEST = [
     (system, f.name)
     for system in SYSTEMS
     for f in sizes_of(system)
-    if system not in OWN_ONLY or f.name not in OTHERS
+    if system not in OWN_ONLY or f.name not in TRIED
 ]
 BASE = dict(iterations=1, curriculum="0:1x64", inst_dim=4, train_batch_tokens=64, rope_dims=4)
 
