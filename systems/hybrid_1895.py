@@ -146,7 +146,7 @@ def hadamard(n: int) -> Tensor:
 class GPT(layers.LateLoop, parts.UNet):
     param_rules = (
         (r"sink$", SCALAR, ZEROS),
-        (r"conv1d$", SCALAR, lambda w, hp: w.uniform_(-(w.shape[1] ** -0.5), w.shape[1] ** -0.5)),
+        layers.CONV_RULE,
         (r"A_log$", SCALAR, lambda w, hp: w.uniform_(0, math.log(8))),
         *parts.UNet.param_rules,
     )

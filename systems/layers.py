@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt  # noqa: E402  (the path comes first)
-from train_gpt import Linear, norm, rotary, shift  # noqa: E402
+from train_gpt import SCALAR, Linear, norm, rotary, shift  # noqa: E402
 
 
 class LateLoop(train_gpt.GPT):
@@ -29,6 +29,14 @@ class LateLoop(train_gpt.GPT):
 
     def set_progress(self, progress: float) -> None:
         self.set_looping(progress >= self.hp.enable_looping_at)
+
+
+# as nn.Conv1d starts
+CONV_RULE = (
+    r"conv1d$",
+    SCALAR,
+    lambda w, hp: w.uniform_(-(w.shape[1] ** -0.5), w.shape[1] ** -0.5),
+)
 
 
 def causal_conv(x: Tensor, taps: Tensor, ctx: train_gpt.Context) -> Tensor:

@@ -97,7 +97,7 @@ def test_attention_in_blocks_is_attention(T, window):
 @pytest.mark.parametrize("candidate", [*ladder.LAYOUTS, ladder.TRANSFORMER])
 def test_candidates_have_equal_bytes(candidate):
     hp, module = ladder.toy_of(candidate), ladder.module_of(candidate)
-    used = ladder.estimated_bytes(module, hp) / ladder.target_bytes()
+    used = sum(ladder.bench.estimated_bytes(hp, module)) / ladder.target_bytes()
     assert 0.998 < used <= 1.0
     parameters = sum(p.numel() for p in module.GPT(hp).parameters())
     assert 1.9e6 < parameters < 2.3e6  # 3.3 bits each, embeddings 4.1
@@ -118,6 +118,19 @@ def test_what_has_no_room_is_refused(monkeypatch):
     monkeypatch.setitem(ladder.LAYOUTS, "too many", dict(layout="G40"))
     with pytest.raises(ValueError, match="too many: no room for an MLP"):
         ladder.toy_of("too many")
+
+
+@pytest.mark.parametrize("candidate", [*EVERYONE, ladder.TRANSFORMER])
+def test_a_run_gets_the_settings_of_its_candidate(candidate):
+    run, module = ladder.Run(candidate, 614_400, 7), ladder.module_of(candidate)
+    found = asdict(module.Hyperparameters.from_env(ladder.settings_of(run)))
+    of_the_run = dict(run_id=run.name(), artifact=f"{run.name()}.ptz", seed=7, iterations=150)
+    assert found == asdict(ladder.toy_of(candidate)) | of_the_run
+
+
+def test_no_two_candidates_share_files():
+    everyone = [*EVERYONE, ladder.TRANSFORMER]
+    assert len({ladder.Run(name, 1, 1).name() for name in everyone}) == len(everyone)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -177,7 +190,9 @@ def test_a_run_trains_and_its_result_can_be_read(tmp_path, monkeypatch):
     ladder.target_bytes.cache_clear()
     assert (row["candidate"], row["tokens"], row["seed"]) == run
     assert row["losses"] and 1 < row["pre_quant_val_bpb"] < 20 and row["bytes_model"] > 1000
-    ladder.RESULTS.write_text(json.dumps(row) + "\n")
+    monkeypatch.setattr(ladder.subprocess, "run", None)  # it has ended, and is not run again
+    with mock.patch.dict(os.environ, data):
+        ladder.start(run, tmp_path)
     assert ladder.results() == {run: json.loads(json.dumps(row))}
     assert row["text"].keys() == {path.name for path in (tmp_path / "data").glob("*.bin")}
 
@@ -196,7 +211,7 @@ def test_at_full_size_the_reference_is_the_record():
 @pytest.mark.parametrize("candidate", ["G S x6, narrow", "G2 S8 G, grouped", "transformer"])
 def test_at_full_size_all_bytes_are_used(candidate):
     hp, module = forecast.full_of(candidate), ladder.module_of(candidate)
-    used = ladder.estimated_bytes(module, hp) + ladder.bench.code_bytes("record")
+    used = sum(ladder.bench.estimated_bytes(hp, module)) + ladder.bench.code_bytes("record")
     assert 0.999 * forecast.ARTIFACT_BYTES < used <= forecast.ARTIFACT_BYTES
     toy = ladder.toy_of(candidate)
     assert (hp.model_dim, hp.gdn_heads) == (4 * toy.model_dim, 2 * toy.gdn_heads)

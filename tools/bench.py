@@ -40,8 +40,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "systems")]
 import train_gpt as t  # noqa: E402  (the paths come first)
 
-# parameters as published: #1545, #1787 with #1855, the competition's baseline, #1545, #1734, #875,
-# #1047, #1895
+# parameters as published: #1545, #1787 with #1855, the baseline of the competition, then #1545,
+# #1734, #875, #1047, #1895
 PUBLISHED = dict(
     record="33,862,953",
     transformer="35,945,671",
@@ -189,19 +189,20 @@ def gaussian_bits(bits: int | torch.Tensor, clip_sigmas: float) -> float:
     return torch.special.entr(cdf.diff()).sum().item() / math.log(2)
 
 
-def shape_of(hp: t.Hyperparameters) -> t.GPT:
-    """The model of these hyperparameters, without memory for its weights."""
+def shape_of(hp: t.Hyperparameters, module=None) -> t.GPT:
+    """The model of these hyperparameters, without memory for its weights. module: where its GPT is,
+    if not that of its system."""
     with torch.device("meta"):
-        return module_of(hp.system).GPT(hp)
+        return (module or module_of(hp.system)).GPT(hp)
 
 
-def parameters(hp: t.Hyperparameters) -> int:
-    return sum(p.numel() for p in shape_of(hp).parameters())
+def parameters(hp: t.Hyperparameters, module=None) -> int:
+    return sum(p.numel() for p in shape_of(hp, module).parameters())
 
 
-def estimated_bytes(hp: t.Hyperparameters) -> tuple[float, int]:
+def estimated_bytes(hp: t.Hyperparameters, module=None) -> tuple[float, int]:
     """Entropy of the quantized values, were all rows normal; float16 of scales and the rest."""
-    model, quantized, half = shape_of(hp), 0.0, 0
+    model, quantized, half = shape_of(hp, module), 0.0, 0
     for name, p in model.named_parameters():
         is_scalar = model.kinds[name] == t.SCALAR
         half += 2 * (p.numel() if is_scalar else len(p))

@@ -111,16 +111,20 @@ def older() -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------
-# The demo
+# The demo, and README's experiment
 
 
 @cache
-def demo(name: str = "demo.txt") -> logs.Run:
+def finished(name: str) -> logs.Run:
     path = ROOT / "logs" / name
     run, _ = logs.choose(path, logs.read_runs(path))
     if not run.trained:
         raise ValueError(f"{path}: no run that trained and came to its end")
     return run
+
+
+def demo() -> logs.Run:
+    return finished("demo.txt")
 
 
 def commands() -> Iterator[str]:
@@ -168,8 +172,7 @@ def table_of_the_demo() -> Iterator[str]:
 
 
 def attention_alone() -> Iterator[str]:
-    """README's experiment."""
-    bpb = demo("attention.txt").figures["val_bpb"]
+    bpb = finished("attention.txt").figures["val_bpb"]
     worse = bpb - demo().figures["val_bpb"]
     comparison = "more" if worse > 0 else "less"
     log = "[`logs/attention.txt`](logs/attention.txt)"

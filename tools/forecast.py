@@ -41,13 +41,11 @@ def measure(candidate: str) -> dict:
         forward, backward, times = floor.train_parts(module, hp, progress)
         seconds = times * (forward + backward).seconds()
         stages.append((progress, seconds + step["seconds"] + step["link_seconds"]))
-    with ladder.torch.device("meta"):
-        parameters = sum(p.numel() for p in module.GPT(hp).parameters())
     return dict(
         candidate=candidate,
         layout=hp.layout,
         mlp_mult=hp.mlp_mult,
-        parameters=parameters,
+        parameters=ladder.bench.parameters(hp, module),
         seconds=stages,  # of a step, from which progress on
         tokens=hp.train_batch_tokens,
         source=ladder.t.digest(ROOT / "train_gpt.py")[:12],

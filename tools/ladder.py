@@ -28,7 +28,6 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "systems"), str(ROOT / "tools")]
 import bench  # noqa: E402  (the paths come first)
-import torch  # noqa: E402
 import transformer  # noqa: E402
 import variants  # noqa: E402
 
@@ -36,6 +35,7 @@ import logs  # noqa: E402
 import train_gpt as t  # noqa: E402
 
 RESULTS = ROOT / "logs" / "ladder.jsonl"
+PATHS = "data_path", "tokenizer_path"  # of the environment; there is no default
 RUNGS = 614_400, 2_457_600, 9_830_400  # tokens
 TOY = dict(  # a quarter of the record in width, heads and their size; its rates and precisions
     vocab_size=1024,
@@ -118,21 +118,9 @@ def module_of(candidate: str):
     return transformer if candidate.startswith(TRANSFORMER) else variants
 
 
-def estimated_bytes(module, hp) -> float:
-    """Entropy of the quantized values, were all rows normal, and float16 of the rest."""
-    with torch.device("meta"):
-        model, total = module.GPT(hp), 0.0
-    for name, p in model.named_parameters():
-        if model.kinds[name] == t.SCALAR:
-            total += 2 * p.numel()
-        else:
-            total += 2 * len(p) + p.numel() * bench.gaussian_bits(*model.precision(name)) / 8
-    return total
-
-
 @cache
 def target_bytes() -> float:
-    return estimated_bytes(variants, variants.Hyperparameters(**TOY))
+    return sum(bench.estimated_bytes(variants.Hyperparameters(**TOY), variants))
 
 
 def toy_of(candidate: str):
@@ -151,7 +139,7 @@ def fitted(candidate: str, settings: dict, most: float):
     low, high = 1, 16 * width  # hidden units
     while high - low > 1:
         middle = (low + high) // 2
-        fits = estimated_bytes(module, hyperparameters(middle)) <= most
+        fits = sum(bench.estimated_bytes(hyperparameters(middle), module)) <= most
         low, high = (middle, high) if fits else (low, middle)
     if low < width:
         raise ValueError(f"{candidate}: no room for an MLP of {width} units")
@@ -160,21 +148,13 @@ def fitted(candidate: str, settings: dict, most: float):
 
 def settings_of(run: Run) -> dict[str, str]:
     """Environment of a run, which keeps checkpoints."""
-    hp, plain = toy_of(run.candidate), module_of(run.candidate).Hyperparameters()
-    own = {name for name, value in asdict(hp).items() if value != getattr(plain, name)}
-    values = asdict(hp) | dict(
-        run_id=run.name(),
-        seed=run.seed,
-        iterations=run.tokens // hp.train_batch_tokens,
-        artifact=f"{run.name()}.ptz",
-    )
-    own |= {"run_id", "seed", "iterations", "artifact"}
-    texts = {name.upper(): str(values[name]) for name in own}
-    texts |= {name: str(int(values[name.lower()])) for name in texts if texts[name] in BOOLEANS}
-    return texts | dict(RESUME="auto", CHECKPOINT_EVERY="60", PRESET="record")
+    hp = toy_of(run.candidate)
+    hp.run_id, hp.artifact, hp.seed = run.name(), f"{run.name()}.ptz", run.seed
+    hp.iterations = run.tokens // hp.train_batch_tokens
+    values = {name: int(x) if isinstance(x, bool) else x for name, x in asdict(hp).items()}
+    texts = {name.upper(): str(value) for name, value in values.items() if name not in PATHS}
+    return texts | dict(RESUME="auto", CHECKPOINT_EVERY="60")
 
-
-BOOLEANS = "True", "False"
 
 # --- Runs -----------------------------------------------------------------------------------------
 
@@ -183,8 +163,7 @@ def train(run: Run) -> None:
     """In this process, to its end; of a run that began earlier, what is missing."""
     import resumable
 
-    for name, text in settings_of(run).items():
-        os.environ[name] = text
+    os.environ.update(settings_of(run))
     t.masked_window_attention = variants.blocked_window_attention  # twice as fast in long rows
     module = module_of(run.candidate)
     keeper = resumable.keeper_of(module, t, os.environ)
@@ -193,18 +172,22 @@ def train(run: Run) -> None:
 
 def start(run: Run, folder: Path) -> None:
     """In a process of its own, with one thread. Appends the result. Raises: RuntimeError."""
-    paths = {
-        name: str(Path(os.environ[name]).resolve()) for name in ("DATA_PATH", "TOKENIZER_PATH")
-    }
+    paths = {name.upper(): str(Path(os.environ[name.upper()]).resolve()) for name in PATHS}
     env = os.environ | paths | dict(OMP_NUM_THREADS="1")
     command = [sys.executable, __file__, "one", run.candidate, str(run.tokens), str(run.seed)]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{run}: {done.stdout[-500:]}{done.stderr[-2000:]}")
-    row = result_of(run, folder / "logs" / f"{run.name()}.txt")
+    log = folder / "logs" / f"{run.name()}.txt"
+    if not has_ended(log):  # a climb that was killed leaves its runs to their end
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{run}: {done.stdout[-500:]}{done.stderr[-2000:]}")
+    row = result_of(run, log)
     with RESULTS.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(f"{run}: {row['pre_quant_val_bpb']:.4f}, int6 {row['val_bpb']:.4f}", flush=True)
+
+
+def has_ended(log: Path) -> bool:
+    return log.exists() and any(one.trained for one in logs.read_runs(log))
 
 
 def result_of(run: Run, log: Path) -> dict:
@@ -252,8 +235,6 @@ def next_runs(found: dict[Run, dict]) -> list[Run]:
     """Of the first stage that is not complete; [] at the top."""
     reference = [next(iter(LAYOUTS)), TRANSFORMER]
     first, second, third = RUNGS
-    everyone = [*LAYOUTS, TRANSFORMER]
-    stages = [lambda: [Run(name, first, 1) for name in everyone]]
 
     def changed() -> list[str]:
         [base] = best(LAYOUTS, first, {r: v for r, v in found.items() if r.seed == 1}, 1)
@@ -266,15 +247,17 @@ def next_runs(found: dict[Run, dict]) -> list[Run]:
     def leaders(count: int, tokens: int) -> list[str]:
         return [*dict.fromkeys(best([*LAYOUTS, *changed()], tokens, found, count) + reference)]
 
-    stages += [
-        lambda: [Run(name, first, 1) for name in changed()],
-        lambda: [Run(name, first, 2) for name in leaders(10, first)],
-        lambda: [Run(name, second, 1) for name in leaders(6, first)],
-        lambda: [Run(name, second, 2) for name in leaders(4, second)],
-        lambda: [Run(name, third, 1) for name in leaders(2, second)],
-    ]
-    for stage in stages:
-        if missing := [run for run in stage() if run not in found]:
+    stages = (
+        (first, 1, lambda: [*LAYOUTS, TRANSFORMER]),
+        (first, 1, changed),
+        (first, 2, lambda: leaders(10, first)),
+        (second, 1, lambda: leaders(6, first)),
+        (second, 2, lambda: leaders(4, second)),
+        (third, 1, lambda: leaders(2, second)),
+    )
+    for tokens, seed, candidates in stages:  # of which each needs the one before
+        runs = [Run(name, tokens, seed) for name in candidates()]
+        if missing := [run for run in runs if run not in found]:
             return missing
     return []
 
@@ -329,7 +312,7 @@ def main() -> int | str | None:
     if args.command == "show":
         print(*tables(), sep="\n")
         return 0
-    if missing := [name for name in ("DATA_PATH", "TOKENIZER_PATH") if name not in os.environ]:
+    if missing := [name.upper() for name in PATHS if name.upper() not in os.environ]:
         return f"ladder: {' and '.join(missing)}: not set, and there is no default"
     if args.command == "one":
         return train(Run(args.candidate, args.tokens, args.seed))

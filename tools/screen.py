@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 EVERY = 30.0  # seconds
 # What comes after the training of the record's demo, in steps of it, and at which step it is told:
-# 3 s of Hessians, 12 of the final pass, 8 of other scoring and 106 of the verifier beside steps of
-# 0.32 s
-REST, TELL_AT = 400, 10
+# in logs/demo.txt 5 s of Hessians, 21 of the final pass, 9 of other scoring and 135 of the verifier
+# beside steps of 0.37 s
+REST, TELL_AT = 460, 10
 NAMES = {"targets": "scoring", "gptq": "quantizing"}  # of passes, as they are logged
 
 SETTING = re.compile(r"^  (\w+): (\S+)$")

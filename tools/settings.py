@@ -71,7 +71,7 @@ def most_ranks(gpus: int, hp) -> int:
     """Without NPROC. Raises: ValueError if not even one takes the batch."""
     if gpus:  # the demo's batch is too small for several
         return max(n for n in (1, 2, 4, 8) if n <= gpus and (n == 1 or hp.preset != "demo"))
-    # on two cores, two processes of one thread are 1.5 times as fast as one of two threads
+    # faster than one process with as many threads as both: most operators of the demo are small
     return 2 if hp.eval_only or shares_batch(hp, 2) else 1
 
 

@@ -38,7 +38,7 @@ class Hyperparameters(t.Hyperparameters):
         return sorted({0.0, self.enable_looping_at})
 
 
-masked = t.masked_window_attention
+masked_window_attention = t.masked_window_attention  # which tools/ladder.py replaces
 
 
 def blocked_window_attention(q, k, v, window: int, doc: Tensor, most: int) -> Tensor:
@@ -46,7 +46,7 @@ def blocked_window_attention(q, k, v, window: int, doc: Tensor, most: int) -> Te
     own block and of the one before: of long rows the rest need not be computed."""
     T = q.shape[1]
     if window >= T:
-        return masked(q, k, v, window, doc, most)
+        return masked_window_attention(q, k, v, window, doc, most)
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -T % window)).unflatten(1, (-1, window)) for x in (q, k, v))
     doc = F.pad(doc, (0, -T % window), value=-1).unflatten(1, (-1, window))  # [B, blocks, window]
     k, v = (torch.cat((F.pad(x, (0, 0) * 3 + (1, 0))[:, :-1], x), 2) for x in (k, v))
@@ -62,7 +62,7 @@ def blocked_window_attention(q, k, v, window: int, doc: Tensor, most: int) -> Te
 
 class GPT(layers.LateLoop, parts.UNet):
     param_rules = (
-        (r"conv1d$", t.SCALAR, lambda w, hp: w.uniform_(-(w.shape[1] ** -0.5), w.shape[1] ** -0.5)),
+        layers.CONV_RULE,
         (r"attn_gate$", t.SCALAR, t.ZEROS),
         *parts.UNet.param_rules,
     )
