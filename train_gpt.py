@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py     # 8xH100, the real run
     PRESET=demo python train_gpt.py                           # a CPU, after data/prepare.py --demo
-    EVAL_ONLY=1 ARTIFACT=final_model.int6.ptz python train_gpt.py  # only score a packed artifact
+    EVAL_ONLY=1 ARTIFACT=final_model.int6.ptz python train_gpt.py  # only score an artifact
 
 Every hyperparameter is an environment variable. All that makes the score is in this file; what
 proves the score is in tools/, other systems are in systems/. Sections, in run order:
@@ -26,7 +26,6 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -39,11 +38,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from torch.utils.checkpoint import checkpoint
 
-# --- 1. Hyperparameters -----------------------------------
+# --- 1. Hyperparameters ---
 # what EVAL_ONLY may set: how an artifact is scored
 SCORING = re.compile(r"run_id|seed|artifact|scores|(data|tokenizer)_path|(eval|ttt|val_batch).*")
+SIZE_LIMIT = 16_000_000  # bytes, decimal: artifact and code
+SAMPLE_TOKENS = 16_384  # scored for tools/verify.py
 
 class Refused(SystemExit, ValueError):
     """Settings, files or a result that will not do: ends the program with a line for each."""
@@ -252,7 +252,7 @@ def parse_layout(layout: str, kinds: str = "GSA"):
         order += [*range(first, len(blocks))] * int(passes or 1)
     return blocks, order
 
-# --- 2. Ranks and log -------------------------------------
+# --- 2. Ranks and log ---
 class World:
     """The ranks of this run, this process among them, and where it computes."""
     def __init__(self, env):
@@ -265,6 +265,8 @@ class World:
         if self.size > 1:
             dist.all_reduce(x, op)
         return x
+    def largest(self, *values: float) -> list[float]:  # of all ranks
+        return self.all_reduce(torch.tensor(values, dtype=torch.double), dist.ReduceOp.MAX).tolist()
 
 world = World(os.environ)
 log = logging.getLogger("train_gpt")
@@ -329,7 +331,7 @@ def paced(what: str, items, total: int):
             told = now
         yield item
 
-# --- 3. Byte accounting -----------------------------------
+# --- 3. Byte accounting ---
 BOS_ID = 1  # starts every document
 
 def build_sentencepiece_luts(sp: spm.SentencePieceProcessor, vocab_size: int, device):
@@ -359,7 +361,7 @@ def token_bytes(luts, prev_ids: Tensor, target_ids: Tensor) -> Tensor:
     base_bytes, has_leading_space, is_boundary = luts
     return base_bytes[target_ids] + (has_leading_space[target_ids] & ~is_boundary[prev_ids])
 
-# --- 4. Shards --------------------------------------------
+# --- 4. Shards ---
 HEADER_BYTES = 256 * 4
 MAGIC_AND_VERSION = [20240520, 1]  # of the competition's shards
 
@@ -385,7 +387,6 @@ class TokenStream:
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards]).tolist()
         if (first := self.shards[0][0].item()) != BOS_ID:
             raise Refused(f"{self.paths[0]}: starts with token {first}, expected BOS={BOS_ID}")
-
     def __len__(self) -> int:
         return self.starts[-1]
     def read(self, start: int, count: int, dtype=np.int64) -> Tensor:
@@ -400,14 +401,13 @@ class TokenStream:
             pieces.append(piece)
             start, count = start + len(piece), count - len(piece)
         return torch.from_numpy(np.concatenate(pieces).astype(dtype))
-
     def most_documents(self, span: int) -> int:
         """In the fullest `span` tokens. Reads the whole split, shared by the ranks."""
         piece = min(1 << 22, len(self))
         starts = range(world.rank * piece, len(self), world.size * piece)
         most = each(lambda start: count_documents(self.read(start, piece + span, np.uint16), span),
                     starts, world.size)
-        return int(world.all_reduce(torch.tensor(max(most, default=0)), dist.ReduceOp.MAX))
+        return int(*world.largest(max(most, default=0)))
 
 def count_documents(tokens: Tensor, span: int) -> int:  # in the fullest `span` tokens in a row
     begins = np.flatnonzero(tokens.cpu().numpy() == BOS_ID)
@@ -437,33 +437,24 @@ def check_files(hp) -> None:
                       "it again, or remove it if you cut them between characters")
 
 class TrainLoader:
-    """Micro-batches in stream order, one read ahead by a thread."""
+    """Micro-batches in stream order."""
     def __init__(self, stream: TokenStream, hp, position: int = 0):
         self.stream, self.seq_len = stream, hp.train_seq_len
         self.span = hp.micro_rows() * hp.train_seq_len  # tokens of a micro-batch
         self.position = position  # of the next micro-batch
         self.last_read = 0.0  # when training data was last read
-        self.pool = ThreadPoolExecutor(1)
-        self.ahead = self.pool.submit(self.read, position)
 
-    def read(self, position: int):
-        """This rank's share of the micro-batch there: inputs and targets, int64 [B, T] each."""
-        tokens = self.stream.read(position + world.rank * self.span, self.span + 1)
-        x, y = tokens[:-1].view(-1, self.seq_len), tokens[1:].view(-1, self.seq_len)
-        self.last_read = time.perf_counter()
-        return (x.pin_memory(), y.pin_memory()) if world.on_cuda else (x, y)
-
-    def next(self):
-        x, y = self.ahead.result()
+    def next(self) -> Tensor:
+        """This rank's share of the next micro-batch: inputs and targets, int64 [2, B, T]."""
+        tokens = self.stream.read(self.position + world.rank * self.span, self.span + 1)
         self.position += world.size * self.span
-        self.ahead = self.pool.submit(self.read, self.position)
-        return x.to(world.device, non_blocking=True), y.to(world.device, non_blocking=True)
-
-    def close(self) -> None:  # there is no training data after this: `next` and `read` fail
-        self.pool.shutdown()
+        self.last_read = time.perf_counter()
+        both = torch.stack((tokens[:-1], tokens[1:])).view(2, -1, self.seq_len)
+        return (both.pin_memory() if world.on_cuda else both).to(world.device, non_blocking=True)
+    def close(self) -> None:  # there is no training data after this: `next` fails
         self.stream.shards.clear()
 
-# --- 5. Kernels -------------------------------------------
+# --- 5. Kernels ---
 # The only computations that differ on CUDA. Plain torch is the CPU path and the tests' oracle.
 def gated_delta_rule(q, k, v, g, beta, initial_state=None) -> tuple[Tensor, Tensor]:
     """S <- exp(g) S; S <- S + beta k (v - S^T k)^T; o = S^T q / sqrt(K), per token and head
@@ -500,8 +491,10 @@ def torch_gated_delta_rule(q, k, v, g, beta, initial_state, chunk: int = 32):
     o = o.unflatten(1, (B, H)).movedim((0, 2), (1, 3)).flatten(1, 2)[:, :T]
     return o.to(v.dtype), S.unflatten(0, (B, H))
 
-# fla's chunk op would break fullgraph; a custom op is opaque. Its import takes seconds on a CPU.
-@torch.library.custom_op("train_gpt::gated_delta_rule", mutates_args=())
+# fla's functions would break fullgraph; a custom op is opaque. Importing them takes seconds.
+custom_op = functools.partial(torch.library.custom_op, mutates_args=())
+
+@custom_op("train_gpt::gated_delta_rule")
 def fla_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
                          initial_state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """fla's Triton kernels, in chunks of 64. Returns o, the final state, and for the backward the
@@ -509,11 +502,10 @@ def fla_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tenso
     from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_fwd
     q, k, v, g, beta, initial_state = (x.contiguous() for x in (q, k, v, g, beta, initial_state))
     g_sum, o, A, final_state, _, _ = chunk_gated_delta_rule_fwd(
-        q, k, v, g, beta, scale=k.shape[-1] ** -0.5, initial_state=initial_state,
-        output_final_state=True)
+        q, k, v, g, beta, k.shape[-1] ** -0.5, initial_state, output_final_state=True)
     return o.to(v.dtype), final_state, g_sum, A
 
-@torch.library.custom_op("train_gpt::gated_delta_rule_backward", mutates_args=())
+@custom_op("train_gpt::gated_delta_rule_backward")
 def fla_gated_delta_rule_backward(
         q: Tensor, k: Tensor, v: Tensor, g_sum: Tensor, beta: Tensor, A: Tensor,
         initial_state: Tensor, do: Tensor, d_state: Tensor
@@ -523,17 +515,15 @@ def fla_gated_delta_rule_backward(
     q, k, v, beta, initial_state, do, d_state = (
         x.contiguous() for x in (q, k, v, beta, initial_state, do, d_state))
     dq, dk, dv, dbeta, dg, d_initial, _, _ = chunk_gated_delta_rule_bwd(
-        q, k, v, g_sum, beta, A, scale=k.shape[-1] ** -0.5, initial_state=initial_state, do=do,
-        dht=d_state)
+        q, k, v, g_sum, beta, A, k.shape[-1] ** -0.5, initial_state, do=do, dht=d_state)
     return (dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg.to(g_sum.dtype),
             dbeta.to(beta.dtype), d_initial)
 
 @fla_gated_delta_rule.register_fake
 def _(q, k, v, g, beta, initial_state):
-    return (v.new_empty(v.shape), initial_state.new_empty(initial_state.shape),
-            g.new_empty(g.shape), k.new_empty(*k.shape[:3], 64))
+    return *(x.new_empty(x.shape) for x in (v, initial_state, g)), k.new_empty(*k.shape[:3], 64)
 @fla_gated_delta_rule_backward.register_fake
-def _(q, k, v, g_sum, beta, A, initial_state, do, d_state):
+def _(q, k, v, g_sum, beta, A, initial_state, *_):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, g_sum, beta, initial_state))
 
 def save_for_delta_backward(ctx, inputs, output) -> None:
@@ -543,15 +533,36 @@ fla_gated_delta_rule.register_autograd(
     lambda ctx, do, d_state, *_: fla_gated_delta_rule_backward(*ctx.saved_tensors, do, d_state),
     setup_context=save_for_delta_backward)
 
-def window_attention(q, k, v, window: int, doc=None, most: int | None = None) -> Tensor:
+@custom_op("train_gpt::short_conv")
+def fla_short_conv(x: Tensor, weight: Tensor, bounds: Tensor, chunks: Tensor) -> Tensor:
+    """fla's Triton kernel for `short_conv`, in the documents that bounds and chunks describe."""
+    from fla.modules.causal_conv1d import causal_conv1d_fwd
+    return causal_conv1d_fwd(x.flatten(0, 1)[None], weight, None, None, cu_seqlens=bounds,
+                             chunk_indices=chunks)[0].view(x.shape)
+
+@custom_op("train_gpt::short_conv_backward")
+def fla_short_conv_backward(x: Tensor, weight: Tensor, bounds: Tensor, chunks: Tensor,
+                            dy: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight."""
+    from fla.modules.causal_conv1d import causal_conv1d_bwd
+    dx, dw, *_ = causal_conv1d_bwd(x.flatten(0, 1)[None], dy.flatten(0, 1)[None], None, weight,
+                                   cu_seqlens=bounds, chunk_indices=chunks)
+    return dx.view(x.shape), dw
+
+fla_short_conv.register_fake(lambda x, *_: x.new_empty(x.shape))
+fla_short_conv_backward.register_fake(
+    lambda x, weight, *_: (x.new_empty(x.shape), weight.new_empty(weight.shape)))
+fla_short_conv.register_autograd(
+    lambda ctx, dy: (*fla_short_conv_backward(*ctx.saved_tensors, dy), None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+def window_attention(q, k, v, window: int, doc: Tensor, most: int) -> Tensor:
     """Causal attention inside documents: token t sees t - window + 1 .. t of its own document.
-    q, result: [B, T, H, D]. k, v: [B, T, Hkv, D], Hkv divides H. doc: [B, T], its number, rising;
-    None = one per row. most: documents in all rows, at most; None = B * T."""
+    q, result: [B, T, H, D]. k, v: [B, T, Hkv, D], Hkv divides H. doc: [B, T], its number, rising.
+    most: documents in all rows, at most."""
     assert k.shape == v.shape and q.shape[:2] == k.shape[:2] and q.shape[2] % k.shape[2] == 0
-    if doc is None:
-        doc = q.new_zeros(q.shape[:2], dtype=torch.long)
     attend = varlen_window_attention if q.is_cuda else masked_window_attention
-    return attend(q, k, v, window, doc, most or doc.numel())
+    return attend(q, k, v, window, doc, most)
 
 def masked_window_attention(q, k, v, window: int, doc: Tensor, most: int) -> Tensor:
     near = doc.new_ones(2 * doc.shape[1:], dtype=torch.bool).tril().triu(1 - window)  # [T, T]
@@ -562,15 +573,27 @@ def masked_window_attention(q, k, v, window: int, doc: Tensor, most: int) -> Ten
 
 def varlen_window_attention(q, k, v, window: int, doc: Tensor, most: int) -> Tensor:
     """FlashAttention over all rows as one packed sequence; room that is not used costs a little."""
-    B, T = doc.shape
-    starts = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0), value=True).flatten()
-    torch._assert_async(starts.sum() <= most, "more documents than expected")
-    cu_seqlens = torch.nonzero_static(starts, size=most + 1, fill_value=B * T).flatten().int()
-    y = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, cu_seqlens, T, T,
+    (B, T), bounds = doc.shape, document_bounds(doc, most)
+    y = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bounds, bounds, T, T,
                     window_size=(window - 1 if window < T else -1, 0), enable_gqa=True)
     return y.unflatten(0, (B, T))
 
-# --- 6. Model ---------------------------------------------
+def document_bounds(doc: Tensor, most: int) -> Tensor:
+    """Where the documents of all rows start; the rest, the last at least, is the end: int32
+    [most + 1]."""
+    starts = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0), value=True).flatten()
+    torch._assert_async(starts.sum() <= most, "more documents than expected")
+    return torch.nonzero_static(starts, size=most + 1, fill_value=doc.numel()).flatten().int()
+
+def conv_chunks(bounds: Tensor, tokens: int, size: int = 64) -> Tensor:
+    """The chunks of fla's convolution: [as many as there can be, 2], document and number in it.
+    What is left over has numbers behind the last document's end."""
+    ends = ((bounds.diff() + size - 1) // size).cumsum(0)  # chunks up to each document's end
+    chunk = torch.arange(tokens // size + len(ends), device=bounds.device)
+    doc = torch.searchsorted(ends, chunk, right=True).clamp(max=len(ends) - 1)
+    return torch.stack((doc, chunk - F.pad(ends, (1, 0))[doc]), -1)
+
+# --- 6. Model ---
 # Log decay at a document's first token: exp(-60) of the old state is nothing in float32, and fla's
 # sums of decay lose only 1e-5.
 RESET_LOG_DECAY = -60.0
@@ -583,9 +606,8 @@ class Context(NamedTuple):
     cos: Tensor  # [1, T, 1, rope_dims // 2]
     sin: Tensor
     most: int  # documents in all rows together
-
     def last(self, n: int) -> "Context":  # of the last n tokens
-        return Context(*(x[:, -n:] for x in self[:4]), self.most)
+        return Context(*(last(x, n) for x in self[:4]), self.most)
 
 class LayerCache(NamedTuple):  # what a mixer keeps for the tokens to come
     inputs: Tensor  # [B, reach, D], the last ones
@@ -596,8 +618,10 @@ class Cache(NamedTuple):  # what a forward leaves for the next
 
 def shift(x: Tensor, n: int) -> Tensor:  # x of the token n earlier, zeros before the first; dim 1
     return F.pad(x, (0, 0) * (x.ndim - 2) + (n, 0))[:, : x.shape[1]]
+def last(x: Tensor, n: int) -> Tensor:  # of dim 1; [-n:] of all would be a copy in the backward
+    return x[:, x.shape[1] - n :]
 def tail(x: Tensor, n: int) -> Tensor:  # last n of dim 1; of the same strides, for one graph
-    return x[:, x.shape[1] - n :].detach().clone(memory_format=torch.contiguous_format)
+    return last(x, n).detach().clone(memory_format=torch.contiguous_format)
 def make_context(ids: Tensor, hp, most: int | None = None) -> Context:  # ids: [B, T]; -1 = none
     doc = torch.where(ids < 0, 0, (ids == BOS_ID).long().cumsum(1) + 1)
     same_doc = torch.stack([(shift(doc, n) == doc).to(world.dtype) for n in (1, 2, 3)], -1)
@@ -616,19 +640,15 @@ def rotary(x: Tensor, ctx: Context) -> Tensor:
     return torch.cat((x1 * ctx.cos + x2 * ctx.sin, x2 * ctx.cos - x1 * ctx.sin, rest), -1)
 
 def short_conv(x: Tensor, weight: Tensor, ctx: Context) -> Tensor:
-    """Causal and depthwise, then SiLU. x: [B, T, n]; weight: [n, 4], last the token itself."""
-    def convolve(x, weight, same_doc) -> Tensor:
-        taps = weight.to(x.dtype).unbind(-1)
-        y = x * taps[3]
-        for n in (1, 2, 3):
-            y = torch.addcmul(y, shift(x, n) * same_doc[..., n - 1 : n], taps[3 - n])
-        return F.silu(y)
-
-    if not x.is_cuda:
-        return convolve(x, weight, ctx.same_doc)
-    # computed again in the backward: else nine shifted copies of x are kept
-    return checkpoint(convolve, x, weight, ctx.same_doc, use_reentrant=False,
-                      preserve_rng_state=False)
+    """Causal, depthwise, inside documents. x: [B, T, n]; weight: [n, up to 4], last the own tap."""
+    if x.is_cuda:
+        bounds = document_bounds(ctx.doc, ctx.most)
+        return fla_short_conv(x, weight, bounds, conv_chunks(bounds, ctx.doc.numel()))
+    *earlier, own = weight.to(x.dtype).unbind(-1)
+    y = x * own
+    for n, tap in enumerate(reversed(earlier), 1):
+        y = torch.addcmul(y, shift(x, n) * ctx.same_doc[..., n - 1 : n], tap)
+    return y
 
 class Linear(nn.Linear):
     """No bias; the float32 master weight is cast to the input's dtype."""
@@ -644,12 +664,13 @@ class Linear(nn.Linear):
             y = y + scale * (x @ A.to(x.dtype).mT) @ B.to(x.dtype).mT
         return y
 
-def products(x: Tensor, *linears: Linear) -> list[Tensor]:
-    """x through each; compiled, and without adapters, as one product: x is read once."""
+def joint_product(x: Tensor, *linears: Linear) -> Tensor:
+    """x through each, side by side; compiled, and without adapters, one product: x is read once."""
     if not torch.compiler.is_compiling() or any(linear.lora for linear in linears):
-        return [linear(x) for linear in linears]  # where collect_hessians sees each
-    weight = torch.cat([linear.weight for linear in linears]).to(x.dtype)
-    return F.linear(x, weight).split([len(linear.weight) for linear in linears], -1)
+        return torch.cat([linear(x) for linear in linears], -1)  # collect_hessians sees each
+    return F.linear(x, torch.cat([linear.weight for linear in linears]).to(x.dtype))
+def products(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
+    return joint_product(x, *linears).split([len(linear.weight) for linear in linears], -1)
 
 class GatedDeltaNet(nn.Module):
     """arXiv:2412.06464, with the names of fla.layers.GatedDeltaNet (expand_v = 1)."""
@@ -670,16 +691,16 @@ class GatedDeltaNet(nn.Module):
         `reach` before them; ctx of all these; the state, of state_shape, before the T tokens.
         Returns [B, T, D] and the state after them. It must not look across documents."""
         def heads(x):
-            return x[:, -T:].unflatten(-1, (-1, self.head_dim))  # [B, T, H, K]
+            return last(x, T).unflatten(-1, (-1, self.head_dim))  # [B, T, H, K]
 
-        q, k, v, gate, a, b = products(seen, self.q_proj, self.k_proj, self.v_proj, self.g_proj,
-                                       self.a_proj, self.b_proj)
-        q = F.normalize(heads(short_conv(q, self.q_conv1d, ctx)), dim=-1)
-        k = F.normalize(heads(short_conv(k, self.k_conv1d, ctx)), dim=-1)
-        v = heads(short_conv(v, self.v_conv1d, ctx))
-        g = -self.A_log.exp() * F.softplus(a[:, -T:].float() + self.dt_bias)  # [B, T, H]
-        g = g.masked_fill(ctx.same_doc[:, -T:, :1] == 0, RESET_LOG_DECAY)
-        beta = b[:, -T:].float().sigmoid()
+        qkv = joint_product(seen, self.q_proj, self.k_proj, self.v_proj)
+        taps = torch.cat((self.q_conv1d, self.k_conv1d, self.v_conv1d))
+        q, k, v = heads(F.silu(short_conv(qkv, taps, ctx))).chunk(3, 2)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        gate, a, b = products(seen, self.g_proj, self.a_proj, self.b_proj)
+        g = -self.A_log.exp() * F.softplus(last(a, T).float() + self.dt_bias)  # [B, T, H]
+        g = g.masked_fill(last(ctx.same_doc, T)[..., :1] == 0, RESET_LOG_DECAY)
+        beta = last(b, T).float().sigmoid()
         o, state = gated_delta_rule(q, k, v, g, beta, state)
         return self.o_proj((norm(o, self.o_norm) * F.silu(heads(gate))).flatten(2)), state
 
@@ -696,7 +717,6 @@ class Attention(nn.Module):
         self.k_proj, self.v_proj = Linear(D, Hkv * hp.head_dim), Linear(D, Hkv * hp.head_dim)
         self.q_gain = nn.Parameter(torch.empty(H))
         self.o_proj = Linear(H * hp.head_dim, D)
-
     def forward(self, seen: Tensor, T: int, ctx: Context, state: None):  # as GatedDeltaNet.forward
         return self.o_proj(self.attend(seen, T, ctx).flatten(2)), None
     def attend(self, seen: Tensor, T: int, ctx: Context) -> Tensor:  # [B, T, H, D]
@@ -704,7 +724,7 @@ class Attention(nn.Module):
                    for y in products(seen, self.q_proj, self.k_proj, self.v_proj))
         q = rotary(norm(q), ctx) * self.q_gain.to(q.dtype)[:, None]
         y = window_attention(q, rotary(norm(k), ctx), v, self.window, ctx.doc, ctx.most)
-        y, v = y[:, -T:], v[:, -T:]
+        y, v = last(y, T), last(v, T)
         if self.xsa:
             own = F.normalize(v, dim=-1).unsqueeze(3)  # [B, T, Hkv, 1, D]
             y = y.unflatten(2, (v.shape[2], -1))  # [B, T, Hkv, group, D]
@@ -823,7 +843,6 @@ class GPT(nn.Module):
             smear = self.smear_lambda.to(x.dtype) * gate.unsqueeze(-1)
             x = x + smear * ctx.same_doc[..., :1] * shift(x, 1)
         return norm(x)
-
     def head(self, x: Tensor) -> Tensor:  # softcapped logits, float32
         cap = self.hp.logit_softcap
         return cap * torch.tanh(self.lm_head(norm(x)).float() / cap)
@@ -843,7 +862,7 @@ class GPT(nn.Module):
         B, T = input_ids.shape
         ids = input_ids if cache is None else torch.cat((cache.ids, input_ids), 1)  # [B, reach + T]
         ctx = make_context(ids, self.hp, self.most_documents.get((B, T)))
-        x = x0 = self.embed(ids.clamp(min=0), ctx)[:, -T:]  # [B, T, D]
+        x = x0 = last(self.embed(ids.clamp(min=0), ctx), T)  # [B, T, D]
         streams, layers = [], []
         for step, i in enumerate(self.order):
             x = self.enter(x, streams)
@@ -855,7 +874,6 @@ class GPT(nn.Module):
             nats = F.cross_entropy(out.flatten(0, 1), targets.flatten(), reduction="none")
             out = nats.view_as(targets)
         return out if cache is None else (out, Cache(tail(ids, self.reach), layers))
-
     def enter(self, x: Tensor, earlier: list[Tensor]) -> Tensor:
         """The stream as the next block gets it; earlier: after each pass so far."""
         return x
@@ -883,14 +901,14 @@ def accumulate(model: GPT, batch: list) -> Tensor:
             total += loss.detach()
     return total
 
-# --- 7. Optimizer -----------------------------------------
+# --- 7. Optimizer ---
 # optimal_composition(l=1e-3, num_iters=5, safety_factor=2e-2, cushion=2), arXiv:2505.16932
 POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    (8.1565545, -22.4832929, 15.8787699),
+    (4.0429299, -2.8089175, 0.5000178),
+    (3.8916678, -2.7724842, 0.5060648),
+    (3.2857537, -2.3681295, 0.4644902),
+    (2.3465413, -1.7097828, 0.4232355),
 )
 def polar_express(G: Tensor, steps: int = 5) -> Tensor:
     """Nearly the nearest semi-orthogonal matrices: singular values in [1e-3, 1] of the norm go to
@@ -906,9 +924,8 @@ def reduce_gradients(params: list[Tensor], clip_norm: float) -> Tensor:
     """Averages .grad over ranks, then clips. Returns the norm before clipping."""
     if world.size > 1:
         grads = [p.grad for p in params]
-        flat = world.all_reduce(torch.cat([grad.flatten() for grad in grads])).div_(world.size)
-        reduced = zip(flat.split([grad.numel() for grad in grads]), grads, strict=True)
-        torch._foreach_copy_(grads, [piece.view_as(grad) for piece, grad in reduced])
+        flat = world.all_reduce(nn.utils.parameters_to_vector(grads))
+        nn.utils.vector_to_parameters(flat.div_(world.size), grads)
     return nn.utils.clip_grad_norm_(params, clip_norm)
 
 class Muon:
@@ -969,19 +986,15 @@ class Muon:
         count = world.all_reduce(torch.as_tensor(count, device=world.device))
         return count.item() + sum(s["exp_avg"].any().item() for s in self.adamw.state.values())
 
-# --- 8. GPTQ ----------------------------------------------
-PERCDAMP = 0.01  # of the mean diagonal, added to it
-
+# --- 8. GPTQ ---
 def collect_hessians(model: GPT, batches: list) -> dict:
     """X^T X of the inputs of every matrix, by its name: float32 [cols, cols], over all ranks."""
     names = {id(p): name for name, p in model.named_parameters() if model.kinds[name] != SCALAR}
     hessians = collections.defaultdict(float)
-
     def hook(module, inputs, _):
         if isinstance(module, Linear) and id(module.weight) in names:
             X = inputs[0].flatten(0, -2).float()
             hessians[names[id(module.weight)]] += X.mT @ X
-
     with torch.no_grad(), nn.modules.module.register_module_forward_hook(hook):
         for x, _ in batches:
             model.forward(x)  # not compiled: hooks are seen
@@ -993,13 +1006,11 @@ def gptq_quantize(W: Tensor, H: Tensor, bits: int, clip_sigmas: float):
     assert H.shape == 2 * W.shape[1:]
     qmax = 2 ** (bits - 1) - 1
     scale = (clip_sigmas * W.std(dim=1) / qmax).clamp_min(2**-24).half()
-    W, H = W.clone(), H.float().clone()
     dead = H.diagonal() == 0
-    H.diagonal()[dead] = 1.0
-    W[:, dead] = 0.0
+    W, H = W.masked_fill(dead, 0.0), H.float() + dead.float().diag()
     order = H.diagonal().argsort(descending=True)
     W, H = W[:, order], H[order][:, order]
-    damp = PERCDAMP * H.diagonal().mean()
+    damp = 0.01 * H.diagonal().mean()  # "percdamp"
     H.diagonal().add_(damp)
     while torch.linalg.cholesky_ex(H).info > 0 and damp < math.inf:
         H.diagonal().add_(damp := 10 * damp)
@@ -1021,7 +1032,7 @@ def quantize(model: GPT, hessians: dict[str, Tensor] | None = None) -> dict:
         quantized[name] = gptq_quantize(W, H, *model.precision(name))
     return quantized
 
-# --- 9. Packing -------------------------------------------
+# --- 9. Packing ---
 # ARTIFACT_MAGIC, sha256 of what follows, and compressed: length of a JSON text, this text (system
 # and hyperparameters), int8 values of what is quantized, float16 of its scales and of the rest.
 ARTIFACT_MAGIC = b"GDNSWA17"
@@ -1075,7 +1086,7 @@ def load_artifact(path, device, hp_class=Hyperparameters, model_class=GPT, **cha
             p.copy_(value.view(p.shape))
     return model.to(device), hp
 
-# --- 10. Scoring ------------------------------------------
+# --- 10. Scoring ---
 class Reading(NamedTuple):  # target i is token i + 1; (0, 0, 0) is nothing
     start: int  # tokens start .. end - 1 are read
     end: int
@@ -1101,7 +1112,6 @@ def stream_plan(tokens, hp) -> Plan:
     units = [[Reading(i, min(i + chunk, end), i) for i in range(start, end, chunk)]
              for start, end in itertools.pairwise(starts)]
     return Plan(units, hp.eval_rows, min(chunk, n), cached=True)
-
 def final_plan(tokens, hp) -> Plan:
     streams = hp.eval_mode == "stream"
     return stream_plan(tokens, hp) if streams else window_plan(tokens, hp, hp.eval_stride)
@@ -1187,7 +1197,6 @@ class Validation:
             raise Refused(f"DATA_PATH={hp.data_path}: CaseOps, only read by systems/transformer.py")
         luts = build_sentencepiece_luts(sp, hp.vocab_size, world.device)
         self.target_bytes = token_bytes(luts, self.tokens[:-1], self.tokens[1:])
-
     original = staticmethod(lambda text: text)  # of a decoded document
 
 def validate(model, validation, plan: Plan, label: str, learner=None, timing=""):
@@ -1210,7 +1219,6 @@ class LoraTTT:
     updates, longest = 0, 0.0  # longest: seconds of an update
     def __init__(self, model: GPT, hp):
         self.model, self.hp = model, hp
-
     def score(self, tokens, plan):  # as the function
         self.start = self.now = time.perf_counter()
         result = self.read(tokens, plan)
@@ -1221,8 +1229,7 @@ class LoraTTT:
         """Whether the slowest rank (all must ask), after one more update, is within `share`, of the
         pass completed, of 95 % of EVAL_SECONDS: 5 % are for a GPU's queue."""
         self.now = time.perf_counter()
-        spent = torch.tensor(self.now - self.start + self.longest, dtype=torch.double)
-        spent = world.all_reduce(spent, dist.ReduceOp.MAX).item()
+        [spent] = world.largest(self.now - self.start + self.longest)
         return spent <= 0.95 * (self.hp.eval_seconds or math.inf) * share
 
     def update(self, optimizer) -> None:
@@ -1251,7 +1258,6 @@ class LoraTTT:
             B = torch.zeros(rows, n_out, r, device=world.device)
             adapters[linear] = A.requires_grad_(), B.requires_grad_(), self.hp.ttt_lora_alpha / r
         return adapters
-
     def attach(self, adapters: bool) -> None:  # they learn, or the weights may
         self.model.requires_grad_(not adapters)
         for linear, lora in self.adapters.items():
@@ -1268,18 +1274,15 @@ class LoraTTT:
         for _, B, _ in self.adapters.values():
             B.data.mul_(goes_on)
 
-# --- 12. Training -----------------------------------------
+# --- 12. Training ---
 @dataclass
 class Audit:
     """What only the run can say of itself; tools/verify.py does the rest."""
     checks: dict = field(default_factory=dict)
-
     def check(self, name: str, passed, **figures) -> None:  # what fails on one rank fails on all
-        passed = torch.tensor(int(passed), device=world.device)
-        passed = world.all_reduce(passed, dist.ReduceOp.MIN).item() == 1
+        passed = world.largest(not passed) == [0.0]
         self.checks[name] = dict(passed=passed, **figures)
         log.info(f"audit: {name} {'passed' if passed else 'FAILED'} {json.dumps(figures)}")
-
     def verdict(self) -> None:  # raises Refused if one failed
         if failed := [name for name, check in self.checks.items() if not check["passed"]]:
             raise Refused("\n".join(f"audit failed: {name} {self.checks[name]}" for name in failed))
@@ -1302,7 +1305,6 @@ def warm_up(hp, model) -> None:
     collect_hessians(model, [(x, y)])
     model.load_state_dict(saved)
     model.set_progress(1.0)
-
 def timing_of(step: int, seconds: float) -> str:
     return f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
 def save_state(path, hp, model, **more) -> None:  # what tools/ go on from
@@ -1331,9 +1333,7 @@ def train(hp, model, stream: TokenStream, validation, audit):
     while True:
         step, tokens, start = between_steps(step, tokens, start, model, optimizer, average, loader)
         # of the slowest rank, or ranks would stop at different steps
-        times = torch.tensor([time.perf_counter() - start, max(recent, default=0.0)],
-                             dtype=torch.double)
-        seconds, longest = world.all_reduce(times, dist.ReduceOp.MAX).tolist()
+        seconds, longest = world.largest(time.perf_counter() - start, max(recent, default=0.0))
         progress = hp.progress(step, seconds)
         model.set_progress(progress)
         out_of_time = seconds + longest > hp.train_seconds()
@@ -1378,10 +1378,7 @@ def train(hp, model, stream: TokenStream, validation, audit):
                           lr_multiplier_at_stop=optimizer.lr_multiplier, trained_order=model.order,
                           last_read_seconds=round(last_read, 3))
 
-# --- 13. Main ---------------------------------------------
-SIZE_LIMIT = 16_000_000  # bytes, decimal: artifact and code
-SAMPLE_TOKENS = 16_384
-
+# --- 13. Main ---
 def check_bytes(audit, hp, validation) -> None:
     """By the table as decoded, of each document."""
     per_token = F.pad(validation.target_bytes, (1, 0)).cpu().numpy()  # of the first BOS: 0

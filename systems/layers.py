@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt  # noqa: E402  (the path comes first)
-from train_gpt import SCALAR, Linear, norm, rotary, shift  # noqa: E402
+from train_gpt import SCALAR, Linear, last, norm, rotary  # noqa: E402
 
 
 class LateLoop(train_gpt.GPT):
@@ -39,16 +39,6 @@ CONV_RULE = (
 )
 
 
-def causal_conv(x: Tensor, taps: Tensor, ctx: train_gpt.Context) -> Tensor:
-    """Depthwise, inside documents, without an activation. x: [B, T, n]; taps: [n, 1 to 4], the last
-    of the token itself."""
-    *earlier, own = taps.to(x.dtype).unbind(-1)
-    y = x * own
-    for n, tap in enumerate(reversed(earlier), 1):
-        y = torch.addcmul(y, shift(x, n) * ctx.same_doc[..., n - 1 : n], tap)
-    return y
-
-
 class GroupedDeltaNet(train_gpt.GatedDeltaNet):
     """GDN_KEY_HEADS queries and keys, each for as many of the GDN_HEADS values, 0 = one for each;
     convolutions over CONV_SIZE tokens, 0 = none; with O_NORM=0 the outputs are not normalised."""
@@ -68,20 +58,21 @@ class GroupedDeltaNet(train_gpt.GatedDeltaNet):
 
     def forward(self, seen: Tensor, T: int, ctx: train_gpt.Context, state: Tensor | None):
         def heads(x):
-            return x[:, -T:].unflatten(-1, (-1, self.head_dim))  # [B, T, heads, K]
+            return last(x, T).unflatten(-1, (-1, self.head_dim))  # [B, T, heads, K]
 
-        def convolved(x, taps):
-            return heads(x if taps is None else causal_conv(x, taps, ctx))
-
-        linears = self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj
-        q, k, v, gate, a, b = train_gpt.products(seen, *linears)
-        q = F.normalize(self.feature(convolved(q, self.q_conv1d)), dim=-1)
-        k = F.normalize(self.feature(convolved(k, self.k_conv1d)), dim=-1)
-        v = F.silu(convolved(v, self.v_conv1d))
-        q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
-        g = -self.A_log.exp() * F.softplus(a[:, -T:].float() + self.dt_bias)  # [B, T, H]
-        g = g.masked_fill(ctx.same_doc[:, -T:, :1] == 0, train_gpt.RESET_LOG_DECAY)
-        o, state = train_gpt.gated_delta_rule(q, k, v, g, b[:, -T:].float().sigmoid(), state)
+        qkv = train_gpt.joint_product(seen, self.q_proj, self.k_proj, self.v_proj)
+        if self.q_conv1d is not None:
+            taps = torch.cat((self.q_conv1d, self.k_conv1d, self.v_conv1d))
+            qkv = train_gpt.short_conv(qkv, taps, ctx)
+        H, key_heads = len(self.A_log), len(self.k_proj.weight) // self.head_dim
+        q, k, v = heads(qkv).split((key_heads, key_heads, H), 2)
+        q, k = (F.normalize(self.feature(x), dim=-1) for x in (q, k))
+        q, k = (x.repeat_interleave(H // key_heads, 2) for x in (q, k))
+        gate, a, b = train_gpt.products(seen, self.g_proj, self.a_proj, self.b_proj)
+        g = -self.A_log.exp() * F.softplus(last(a, T).float() + self.dt_bias)  # [B, T, H]
+        g = g.masked_fill(last(ctx.same_doc, T)[..., :1] == 0, train_gpt.RESET_LOG_DECAY)
+        beta = last(b, T).float().sigmoid()
+        o, state = train_gpt.gated_delta_rule(q, k, F.silu(v), g, beta, state)
         o = o if self.o_norm is None else norm(o, self.o_norm)
         return self.o_proj((o * F.silu(heads(gate))).flatten(2)), state
 
@@ -134,9 +125,9 @@ class SinkAttention(train_gpt.Attention):
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in train_gpt.products(seen, *linears))
         q, k = rotary(norm(q), ctx) * self.q_gain.to(q.dtype)[:, None], rotary(norm(k), ctx)
         sink = F.pad(self.sink, (self.head_dim - self.sink.shape[1], 0)).to(q.dtype)
-        y = sink_attention(q, k, v, sink, ctx.doc, ctx.most)[:, -T:]
+        y = last(sink_attention(q, k, v, sink, ctx.doc, ctx.most), T)
         if self.xsa:
-            own = F.normalize(v[:, -T:], dim=-1).unsqueeze(3)  # [B, T, Hkv, 1, D]
+            own = F.normalize(last(v, T), dim=-1).unsqueeze(3)  # [B, T, Hkv, 1, D]
             y = y.unflatten(2, (v.shape[2], -1))  # [B, T, Hkv, group, D]
             y = (y - (y * own).sum(-1, keepdim=True) * own).flatten(2, 3)
         return y

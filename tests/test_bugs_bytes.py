@@ -87,9 +87,9 @@ def a_new_document_ends_the_cache(p: Program) -> None:
 PLAIN = "if plain else int(not is_boundary)"
 PATHS = '        wanted = {f"fineweb_{split}_{i:06d}.bin" for i in range('
 VAL_IDS = "        ids = stream.read(0, len(stream))\n"
-EMBEDDED = "        x = x0 = self.embed("
+EMBEDDED = "        x = x0 = last(self.embed("
 WINDOWS = "    units = [[Reading(max(0, end - T), end, first)] for first, end in ends]\n"
-RESET = "        g = g.masked_fill(ctx.same_doc[:, -T:, :1] == 0, RESET_LOG_DECAY)\n"
+RESET = "        g = g.masked_fill(last(ctx.same_doc, T)[..., :1] == 0, RESET_LOG_DECAY)\n"
 ORIGINAL = "        self.target_bytes = sizes[1:].to(world.device)\n"
 IN_SYSTEMS = '*sorted(path for path in loaded if path.parent == here.parent / "systems")'
 
@@ -237,7 +237,7 @@ BUGS = [
     Bug(
         "D10a",
         "verify: isolation",
-        [("shift(x, n) * same_doc[..., n - 1 : n]", "shift(x, n)")],
+        [("shift(x, n) * ctx.same_doc[..., n - 1 : n]", "shift(x, n)")],
     ),
     Bug(
         "D10b",

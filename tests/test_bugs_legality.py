@@ -167,7 +167,7 @@ VALIDATION_BATCHES = """\
     batches = [(validation.tokens[:256].view(-1, 64), None) for _ in batches]
 """
 QUANTIZED = "    quantized = quantize(model, hessians)\n"
-EMBEDDED = "        x = x0 = self.embed(ids.clamp(min=0), ctx)[:, -T:]"
+EMBEDDED = "        x = x0 = last(self.embed(ids.clamp(min=0), ctx), T)"
 SEES_ITS_TARGET = f"""\
 {EMBEDDED}
         own, target = x[:, {{0}}:{{1}}], x[:, {{1}}:{{2}}]

@@ -121,9 +121,9 @@ RULE = "        o, state = gated_delta_rule(q, k, v, g, beta, state)\n"
 CPU_RULE = "rule(q, k, v, g, beta, initial_state)[:2]"
 TWO_LOOPS = (RULE, RULE.replace("o, ", "_, ") + RULE)
 DECAY = "        g = -self.A_log.exp() * F.softplus("
-RESET = "        g = g.masked_fill(ctx.same_doc[:, -T:, :1] == 0, RESET_LOG_DECAY)\n"
-AT_BOS = RESET.replace(" == 0,", ".eq(0) & (shift(ctx.doc, 1)[:, -T:, None] > 0),")
-EMBEDDED = "        x = x0 = self.embed("
+RESET = "        g = g.masked_fill(last(ctx.same_doc, T)[..., :1] == 0, RESET_LOG_DECAY)\n"
+AT_BOS = RESET.replace(" == 0,", ".eq(0) & (last(shift(ctx.doc, 1), T)[..., None] > 0),")
+EMBEDDED = "        x = x0 = last(self.embed("
 STATE_OF_THE_LAST_PASS = [
     (RULE, RULE.replace("state)", "self.carried)") + "        self.carried = state.detach()\n"),
     (

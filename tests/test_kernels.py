@@ -11,6 +11,7 @@ polar_express      on matrices of known singular values and vectors
 
 import ast
 import inspect
+import itertools
 import math
 import sys
 import warnings
@@ -25,6 +26,7 @@ from torch._subclasses import FakeTensorMode
 
 import train_gpt
 from train_gpt import (
+    BOS_ID,
     gated_delta_rule,
     polar_express,
     torch_gated_delta_rule,
@@ -370,7 +372,8 @@ def attention_inputs(T, H=4, Hkv=2, B=2, D=8):
 @pytest.mark.parametrize("T", [1, 24])
 def test_window_attention_equals_the_token_loop(T, window, heads):
     q, k, v, doc = attention_inputs(T, *heads)
-    out, reference = window_attention(q, k, v, window, doc), loop_attention(q, k, v, window, doc)
+    out = window_attention(q, k, v, window, doc, doc.numel())
+    reference = loop_attention(q, k, v, window, doc)
     torch.testing.assert_close(out.double(), reference, atol=1e-5, rtol=1e-5)
     weights = torch.randn_like(reference)
     gradients = torch.autograd.grad((out * weights.float()).sum(), (q, k, v))
@@ -379,22 +382,15 @@ def test_window_attention_equals_the_token_loop(T, window, heads):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)
 
 
-def test_window_attention_without_documents_is_one_document():
-    q, k, v, doc = attention_inputs(30)
-    reference = loop_attention(q, k, v, 7, torch.zeros_like(doc))
-    torch.testing.assert_close(
-        window_attention(q, k, v, 7).double(), reference, atol=1e-5, rtol=1e-5
-    )
-
-
 @pytest.mark.parametrize("window", [1, 4, 9])
 def test_window_attention_sees_exactly_the_window(window):
-    q, k, v, _ = attention_inputs(40)
-    out = window_attention(q, k, v, window)
+    q, k, v, doc = attention_inputs(40)
+    doc = torch.zeros_like(doc)
+    out = window_attention(q, k, v, window, doc, len(doc))
     for j in (0, 17, 39):
         k2, v2 = k.detach().clone(), v.detach().clone()
         k2[:, j], v2[:, j] = torch.randn_like(k2[:, j]), torch.randn_like(v2[:, j])
-        moved = (window_attention(q, k2, v2, window) != out).flatten(2).any(2)
+        moved = (window_attention(q, k2, v2, window, doc, len(doc)) != out).flatten(2).any(2)
         assert moved.all(0).nonzero().flatten().tolist() == list(range(j, min(j + window, 40)))
         assert torch.equal(moved.any(0), moved.all(0))
 
@@ -511,7 +507,46 @@ def test_polar_express_of_zero_is_zero():
     assert torch.equal(polar_express(torch.zeros(2, 8, 12)), torch.zeros(2, 8, 12))
 
 
+# ---- documents, for fla's convolution
+
+
+@pytest.mark.parametrize("room", [0, 5])
+@pytest.mark.parametrize("share", [0.003, 0.1, 1.0])
+def test_chunks_cover_each_document_once_and_nothing_else(share, room):
+    B, T = 3, 200
+    doc = (torch.rand(B, T) < share).long().cumsum(1)
+    lengths = [len(run) for row in doc.tolist() for run in runs(row)]
+    bounds = train_gpt.document_bounds(doc, len(lengths) + room)
+    assert bounds.diff().tolist() == lengths + [0] * room
+    spans = []
+    for i, number in train_gpt.conv_chunks(bounds, B * T).tolist():
+        start, end = bounds[i] + 64 * number, min(bounds[i] + 64 * number + 64, bounds[i + 1])
+        spans += [(start.item(), end.item())] if start < end else []
+    assert [place for span in spans for place in range(*span)] == list(range(B * T))
+    assert len(spans) == sum(math.ceil(length / 64) for length in lengths)
+
+
+def runs(row: list[int]) -> list[list[int]]:
+    return [list(group) for _, group in itertools.groupby(row)]
+
+
 # ---- on a GPU
+
+
+@pytest.mark.cuda
+def test_the_convolution_on_the_gpu_equals_the_cpu():
+    ids = torch.full((2, 200), BOS_ID + 1)
+    ids[0, [0, 1, 64, 66]], ids[1, [3, 131, 199]] = BOS_ID, BOS_ID
+    x, dy = torch.randn(2, 200, 96).bfloat16(), torch.randn(2, 200, 96)
+    weight, results = torch.randn(96, 4), []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        ctx = train_gpt.make_context(ids.to(device), train_gpt.Hyperparameters(), 20)
+        inputs = [x.to(device, dtype).requires_grad_(), weight.to(device).requires_grad_()]
+        y = train_gpt.short_conv(*inputs, ctx)
+        loss = (y.float() * dy.to(device)).sum()
+        results.append([y, *torch.autograd.grad(loss, inputs)])
+    for exact, found in zip(*results, strict=True):
+        assert rms_ratio(found, exact) < 0.01
 
 
 @pytest.mark.cuda
@@ -546,7 +581,7 @@ def test_window_attention_on_the_gpu_equals_the_cpu(window):
             .requires_grad_()
             for x in (q, k, v)
         ]
-        out = window_attention(*inputs, window, doc.to(device))
+        out = window_attention(*inputs, window, doc.to(device), doc.numel())
         results[device] = [
             out,
             *torch.autograd.grad((out.float() * weights.to(device)).sum(), inputs),

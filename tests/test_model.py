@@ -336,21 +336,7 @@ def test_compiled_projections_are_one_product_unless_adapters_differ(tiny, livel
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)
     one_by_one = 6 + 1 + 2 + 3 + 1 + 2 + 1
-    assert products == [one_by_one if adapters else one_by_one - 5 - 2]
-
-
-def test_a_recomputed_convolution_is_the_same(monkeypatch, tiny):
-    """As on CUDA: outputs and gradients, documents included."""
-    hp = tiny()
-    ctx = make_context(random_ids(hp, B=2, T=24, starts=(0, 7)), hp)
-    x, weight = torch.randn(2, 24, 6, requires_grad=True), torch.randn(6, 4, requires_grad=True)
-    results = []
-    for on_cuda in (False, True):
-        monkeypatch.setattr(torch.Tensor, "is_cuda", on_cuda)
-        y = train_gpt.short_conv(x, weight, ctx)
-        results.append([y, *torch.autograd.grad(y.square().sum(), (x, weight))])
-    for plain, recomputed in zip(*results, strict=True):
-        assert torch.equal(plain, recomputed)
+    assert products == [one_by_one if adapters else one_by_one - 4 - 2]
 
 
 # ---- on a GPU

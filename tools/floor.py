@@ -116,14 +116,17 @@ def train_parts(module, hp, progress: float) -> tuple[Part, Part, int]:
     """Forward, backward, and how often both run in a step."""
     graphs, times = inductor.train_graphs(module.GPT, hp, progress)
     assert [graph.backward for graph in graphs] == [False, True]
+    shapes = {  # of the second argument of fla's ops: the weight, k
+        name: tuple(node.args[1].meta["val"].shape)
+        for node in graphs[0].module.graph.nodes
+        for name in ("short_conv", "gated_delta_rule")
+        if str(node.target) == f"train_gpt.{name}.default"
+    }
     delta = collections.Counter()
-    for node in graphs[0].module.graph.nodes:
-        if "gated_delta_rule" in str(node.target):
-            shape = tuple(node.args[1].meta["val"].shape)  # of k
-            found = kernels.delta_bytes(shape)
-            delta["gated_delta_rule"] = sum(found["forward"].values())
-            delta["gated_delta_rule_backward"] = sum(found["backward"].values())
-            break
+    if shapes:
+        channels, _ = shapes.get("short_conv", (None, None))
+        found = kernels.op_bytes(shapes["gated_delta_rule"], channels)
+        delta.update({name: sum(moved.values()) for name, moved in found.items()})
     forward, backward = (part_of(graph, delta) for graph in graphs)
     return forward, backward, times
 

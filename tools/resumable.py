@@ -168,9 +168,7 @@ class Keeper:
             torch.cuda.set_rng_state(state["random"][1])
         progress = state["progress"]
         optimizer.lr_multiplier = progress["lr_multiplier"]
-        loader.ahead.result()  # of the beginning
         loader.position = progress["position"]
-        loader.ahead = loader.pool.submit(loader.read, loader.position)
         return progress["step"], progress["tokens"], progress["seconds"]
 
     def attach(self) -> None:

@@ -1,4 +1,4 @@
-"""The custom op by Triton's interpreter against plain torch, with the tiles that an H100 gets.
+"""The custom ops by Triton's interpreter against plain torch, with the tiles that an H100 gets.
 
 TRITON_INTERPRET=1 python tests/gpuless/interpret_fla.py H K     # prints JSON: relative errors
 """
@@ -45,4 +45,18 @@ triton.runtime.interpreter.InterpretedFunction.run = record
 names = "o state dq dk dv dg dbeta dstate".split()
 pairs = zip(names, results(t.torch_gated_delta_rule), results(t.fla_gated_delta_rule), strict=True)
 errors = {name: ((ours - fla).norm() / ours.norm()).item() for name, ours, fla in pairs}
+
+n = 48  # channels
+x, weight = torch.randn(2, T, n), torch.randn(n, 4)
+ids = torch.full((2, T), t.BOS_ID + 1)  # documents of one token, of a chunk, of more
+ids[0, [0, 1, 64, 66]], ids[1, [3, 128, T - 1]] = t.BOS_ID, t.BOS_ID
+inputs, dy = [x.requires_grad_(), weight.requires_grad_()], torch.randn(2, T, n)
+for most in (9, 30):  # documents: as many as there are, and room for more
+    ctx = t.make_context(ids, t.Hyperparameters(), most)
+    bounds = t.document_bounds(ctx.doc, most)
+    plain = t.short_conv(*inputs, ctx)
+    fla = t.fla_short_conv(*inputs, bounds, t.conv_chunks(bounds, ids.numel()))
+    pairs = [(y, *torch.autograd.grad((y * dy).sum(), inputs)) for y in (plain, fla)]
+    for name, ours, theirs in zip(("y", "dx", "dweight"), *pairs, strict=True):
+        errors[f"{name} {most}"] = ((ours - theirs).norm() / ours.norm()).item()
 print(json.dumps(dict(errors=errors, tiles=tiles)))

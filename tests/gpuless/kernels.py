@@ -1,4 +1,4 @@
-"""fla's Triton kernels as our two custom ops launch them, for a GPU that is not there.
+"""fla's Triton kernels as our custom ops launch them, for a GPU that is not there.
 
     python tests/gpuless/kernels.py compile|few|bytes ARCH B T H K     # prints JSON
 
@@ -26,7 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from triton.runtime.autotuner import Autotuner  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-OUTPUTS = ("o", "final_state", "g_sum", "A"), ("dq", "dk", "dv", "dg", "dbeta", "d_initial")
+OUTPUTS = dict(  # of each op
+    short_conv=("y",),
+    short_conv_backward=("dx", "dweight"),
+    gated_delta_rule=("o", "final_state", "g_sum", "A"),
+    gated_delta_rule_backward=("dq", "dk", "dv", "dg", "dbeta", "d_initial"),
+)
 
 
 class Usage(NamedTuple):
@@ -56,28 +61,48 @@ def delta_inputs(B: int, T: int, H: int, K: int):
     return (q, k, v, g, beta, state), (do, d_state)
 
 
-def run_delta(inputs, gradients):
-    """Outputs of the two ops' implementations."""
+def conv_inputs(B: int, T: int, n: int):
+    """Of the convolution of n channels, and dy; of 100 documents."""
+    x, dy = (torch.empty(B, T, n, dtype=torch.bfloat16) for _ in range(2))
+    bounds = torch.empty(101, dtype=torch.int32)
+    chunks = torch.empty(B * T // 64 + 100, 2, dtype=torch.int64)
+    return (x, torch.empty(n, 4), bounds, chunks), dy
+
+
+def run_ops(shape, op, into=lambda x: x, channels: int | None = None) -> dict[str, tuple]:
+    """Outputs of each op, called as op(name)(...). shape: B, T, H, K; into: what is done with each
+    input first; channels: of the convolution, None = q, k and v have H heads."""
+    (B, T, H, K), found = shape, {}
+    conv, dy = conv_inputs(B, T, channels or 3 * H * K)
+    delta, gradients = delta_inputs(*shape)
+    conv, delta, gradients = ([into(x) for x in tensors] for tensors in (conv, delta, gradients))
+    found["short_conv"] = (op("short_conv")(*conv),)
+    found["short_conv_backward"] = op("short_conv_backward")(*conv, into(dy))
+    q, k, v, _, beta, state = delta
+    found["gated_delta_rule"] = forward = op("gated_delta_rule")(*delta)
+    _, _, g_sum, A = forward
+    backward = op("gated_delta_rule_backward")
+    found["gated_delta_rule_backward"] = backward(q, k, v, g_sum, beta, A, state, *gradients)
+    return found
+
+
+def real(name: str):
+    """The implementation of an op."""
     import train_gpt
 
-    q, k, v, _, beta, state = inputs
-    forward = train_gpt.fla_gated_delta_rule._init_fn(*inputs)
-    _, _, g_sum, A = forward
-    backward = train_gpt.fla_gated_delta_rule_backward._init_fn
-    return forward, backward(q, k, v, g_sum, beta, A, state, *gradients)
+    return getattr(train_gpt, f"fla_{name}")._init_fn
 
 
-def fake_delta(inputs, gradients):
-    """Outputs of their fakes."""
+def fake_ops(shape: tuple[int, int, int, int]) -> dict[str, tuple]:
+    """Outputs of the ops' fakes."""
     import train_gpt  # noqa: F401  (registers the ops)
 
     with FakeTensorMode() as mode:
-        q, k, v, g, beta, state = (mode.from_tensor(x) for x in inputs)
-        ops = torch.ops.train_gpt
-        forward = ops.gated_delta_rule(q, k, v, g, beta, state)
-        _, _, g_sum, A = forward
-        gradients = (mode.from_tensor(x) for x in gradients)
-        return forward, ops.gated_delta_rule_backward(q, k, v, g_sum, beta, A, state, *gradients)
+        return run_ops(
+            shape,
+            lambda name: getattr(torch.ops.train_gpt, name),
+            mode.from_tensor,
+        )
 
 
 def on_gpu(card: cards.Card) -> None:
@@ -88,7 +113,16 @@ def on_gpu(card: cards.Card) -> None:
         module.check_shared_mem = lambda arch="", index=0: card.shared >= limits.get(arch, 102_400)
 
 
-def compile_delta(card: cards.Card, shape: tuple[int, int, int, int], few: bool) -> dict:
+def described(outputs: dict[str, tuple]) -> list[tuple]:
+    """Name, dtype, shape and strides of each output."""
+    return [
+        (name, str(x.dtype), list(x.shape), list(x.stride()))
+        for op, tensors in outputs.items()
+        for name, x in zip(OUTPUTS[op], tensors, strict=True)
+    ]
+
+
+def compile_ops(card: cards.Card, shape: tuple[int, int, int, int], few: bool) -> dict:
     """Compiles every configuration of every kernel, or a few.
 
     Returns rows of kernel, configuration, registers, spilled, shared; what failed to compile; the
@@ -121,19 +155,12 @@ def compile_delta(card: cards.Card, shape: tuple[int, int, int, int], few: bool)
 
     tune = Autotuner.run
     triton.runtime.JITFunction.run, Autotuner.run = compile_only, chosen
-    inputs, gradients = delta_inputs(*shape)
-    outputs = [], []
     try:
         on_gpu(card)
-        for into, ops in zip(outputs, (run_delta, fake_delta), strict=True):
-            for names, tensors in zip(OUTPUTS, ops(inputs, gradients), strict=True):
-                into.extend(
-                    (name, str(x.dtype), list(x.shape), list(x.stride()))
-                    for name, x in zip(names, tensors, strict=True)
-                )
+        found = [described(run_ops(shape, real)), described(fake_ops(shape))]
     finally:
         triton.runtime.JITFunction.run, Autotuner.run = run, tune
-    return dict(rows=rows, failures=failures, real=outputs[0], fake=outputs[1])
+    return dict(rows=rows, failures=failures, real=found[0], fake=found[1])
 
 
 class CountBytes(TorchDispatchMode):
@@ -150,36 +177,38 @@ class CountBytes(TorchDispatchMode):
         return out
 
 
-def delta_bytes(shape: tuple[int, int, int, int]) -> dict:
-    """Bytes that the kernels of the forward and of the backward op read and write, by kernel: each
-    argument once. Nothing is compiled."""
-    moved = collections.Counter(), collections.Counter()
+def op_bytes(
+    shape: tuple[int, int, int, int], channels: int | None = None
+) -> dict[str, dict[str, int]]:
+    """Bytes that the kernels of each op, as of `run_ops`, read and write, by kernel: each argument
+    once. Nothing is compiled."""
+    moved = collections.defaultdict(collections.Counter)
 
     def count(self, *args, grid, warmup, **kwargs):
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
-        moved[backward][self.fn.__name__] += sum(x.nbytes for x in tensors)
+        moved[current][self.fn.__name__] += sum(x.nbytes for x in tensors)
 
     def first(self, *args, **kwargs):
         return self.fn.run(*args, **kwargs, **self.configs[0].all_kwargs())
 
-    backward, saved = 0, (triton.runtime.JITFunction.run, Autotuner.run)
-    import train_gpt
+    def counted(name: str):
+        def call(*args):
+            nonlocal current
+            current = name
+            with CountBytes() as torch_ops:
+                outputs = real(name)(*args)
+            moved[name]["torch"] = torch_ops.total
+            return outputs
 
-    inputs, (do, d_state) = delta_inputs(*shape)
-    q, k, v, _, beta, state = inputs
+        return call
+
+    current, saved = "", (triton.runtime.JITFunction.run, Autotuner.run)
     triton.runtime.JITFunction.run, Autotuner.run = count, first
     try:
-        with CountBytes() as forward_ops:
-            _, _, g_sum, A = train_gpt.fla_gated_delta_rule._init_fn(*inputs)
-        backward = 1
-        with CountBytes() as backward_ops:
-            train_gpt.fla_gated_delta_rule_backward._init_fn(
-                q, k, v, g_sum, beta, A, state, do, d_state
-            )
+        run_ops(shape, counted, channels=channels)
     finally:
         triton.runtime.JITFunction.run, Autotuner.run = saved
-    moved[0]["torch"], moved[1]["torch"] = forward_ops.total, backward_ops.total
-    return dict(forward=dict(moved[0]), backward=dict(moved[1]))
+    return {name: dict(kernels) for name, kernels in moved.items()}
 
 
 if __name__ == "__main__":
@@ -187,7 +216,7 @@ if __name__ == "__main__":
     cards.pretend(cards.CARDS[int(arch)], "cpu")
     shape = tuple(int(n) for n in shape)
     if what == "bytes":
-        result = delta_bytes(shape)
+        result = op_bytes(shape)
     else:
-        result = compile_delta(cards.CARDS[int(arch)], shape, what == "few")
+        result = compile_ops(cards.CARDS[int(arch)], shape, what == "few")
     print(json.dumps(result))

@@ -34,7 +34,9 @@ full = pytest.mark.skipif(not IS_FULL, reason="GPULESS=full runs it")
 TRAINING = 48, 2048, 8, 64  # [B, T, H, K] of a micro-batch of record; kv_share and pure_gdn differ
 STREAM = 64, 64, 8, 64  # in B, T and H, which no configuration depends on
 CRAWLER = 48, 2048, 4, 128
-KERNELS = {  # of fla: in a forward and a backward of the op
+KERNELS = {  # of fla: in a forward and a backward of the ops
+    "causal_conv1d_fwd_kernel",
+    "causal_conv1d_bwd_kernel",
     "chunk_local_cumsum_scalar_kernel",
     "chunk_gated_delta_rule_fwd_kkt_solve_kernel",
     "recompute_w_u_fwd_kernel",
@@ -105,7 +107,7 @@ cards.pretend(cards.H100, "cpu")
 import fla.ops.common.chunk_o as chunk_o
 assert chunk_o.IS_NVIDIA_HOPPER and chunk_o.TRITON_ABOVE_3_4_0
 chunk_o.TRITON_ABOVE_3_7_1 = chunk_o.TRITON_ABOVE_3_7_1 and not {refused}
-kernels.delta_bytes((1, 64, 1, 64))
+kernels.op_bytes((1, 64, 1, 64))
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (result.returncode != 0) == refused, result.stderr[-2000:]
