@@ -239,6 +239,18 @@ def test_a_wrong_delta_rule(machine, monkeypatch):
     fails(machine([*DATA, "delta rule"]), "delta rule", "wrong:", "dg", "requirements.txt")
 
 
+def test_a_convolution_across_documents(machine, monkeypatch):
+    convolve = train_gpt.short_conv
+
+    def wrong(x, weight, ctx, *activation):
+        return convolve(
+            x, weight, ctx._replace(same_doc=torch.ones_like(ctx.same_doc)), *activation
+        )
+
+    monkeypatch.setattr(train_gpt, "short_conv", wrong)
+    fails(machine([*DATA, "convolution"]), "convolution", "wrong:", "dx", "requirements.txt")
+
+
 def test_attention_over_one_token_too_many(machine, monkeypatch):
     attend = train_gpt.window_attention
     monkeypatch.setattr(

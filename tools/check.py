@@ -417,6 +417,31 @@ def delta_errors(B: int, T: int, H: int, K: int, V: int) -> dict[str, float]:
     return relative_errors(names, [x[:1] for x in mine], exact)
 
 
+def conv_errors(B: int, T: int, n: int, width: int) -> dict[str, float]:
+    """Of the short convolution as it is called, in documents, against float64."""
+    ids = torch.full((B, T), t.BOS_ID + 1, device=t.world.device)
+    ids[:, [0, T // 3, T // 3 + 2]] = t.BOS_ID
+    ctx = t.make_context(ids, t.Hyperparameters(), 4 * B)
+    x = torch.randn(B, T, n, device=t.world.device).to(t.world.dtype)
+    weight, weights = torch.randn(n, width, device=x.device), [torch.randn_like(x)]
+
+    def convolve(x, weight):
+        return (t.short_conv(x, weight, ctx),)
+
+    def exact_convolution(x, weight):
+        def tap(n: int) -> Tensor:
+            same = (t.shift(ctx.doc, n) == ctx.doc)[..., None]
+            return t.shift(x, n) * (same * weight[:, width - 1 - n])
+
+        return (sum(map(tap, range(width))),)
+
+    inputs = [x.requires_grad_(), weight.requires_grad_()]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    mine = with_gradients(convolve, inputs, weights)
+    found = with_gradients(exact_convolution, exact, [w.double() for w in weights])
+    return relative_errors("y dx dweight", mine, found)
+
+
 def attention_errors(B: int, T: int, window: int, hp) -> dict[str, float]:
     def exact_attention(q, k, v):
         k, v = (x.repeat_interleave(hp.num_heads // hp.num_kv_heads, 2) for x in (k, v))
@@ -465,6 +490,16 @@ def delta_rule(job) -> Row:
         for B, T in reads(job, 0):
             errors[f"{B} x {T}"] = delta_errors(B, T, *shape)
     return kernel_row(errors, 0.03 if t.world.on_cuda else 1e-4)
+
+
+def convolution(job) -> Row:
+    layers = [m for m in job.model.modules() if getattr(m, "q_conv1d", None) is not None]
+    shapes = {torch.cat((m.q_conv1d, m.k_conv1d, m.v_conv1d)).shape for m in layers}
+    errors = {}
+    for n, width in sorted(shapes):
+        for B, T in reads(job, width - 1):
+            errors[f"{B} x {T}"] = conv_errors(B, T, n, width)
+    return kernel_row(errors, 0.02 if t.world.on_cuda else 1e-4)
 
 
 def attention(job) -> Row:
@@ -793,6 +828,7 @@ PARTS = {
     "validation": validation_text,
     "files": files,
     "collectives": collectives,
+    "convolution": convolution,
     "delta rule": delta_rule,
     "attention": attention,
     "training step": training_step,

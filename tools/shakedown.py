@@ -99,6 +99,7 @@ PARTS = (
     measure("versions", 60, "versions", on_cpu=True, least=5),
     measure("text", 180, "text", on_cpu=True, least=5),
     measure("op64", 300, "op", "64", settings=dict(FLA_CACHE_RESULTS="0")),
+    measure("conv", 120, "conv", settings=dict(FLA_CACHE_RESULTS="0")),
     measure("op128", 240, "op", "128", settings=dict(FLA_CACHE_RESULTS="0")),
     Part("tests", 240, (OLD_TORCH, "-m", "pytest", "-m", "cuda", "tests"), rows=PASSED),
     Part("check", 240, (OLD_TORCH, "tools/check.py"), {}, CHECKED, on_cpu=True, of_text=True),
@@ -388,16 +389,20 @@ KERNELS = dict(
     chunk_bwd_kernel_dqkwg="fla.ops.common.chunk_o",
     chunk_bwd_kernel_dv_local="fla.ops.common.chunk_o",
 )
+CONVOLUTION = dict(
+    causal_conv1d_fwd_kernel="fla.modules.causal_conv1d.ops",
+    causal_conv1d_bwd_kernel="fla.modules.causal_conv1d.ops",
+)
 NAMES = "o state dq dk dv dg dbeta dstate".split()
 TOLERANCE = 0.03  # of bf16, norm of the error over that of the value
 AT_ONCE = 4  # processes
 HANGS = 150  # seconds of one configuration; the first compiles all kernels
 
 
-def tuners() -> dict:
+def tuners(kernels: dict[str, str] = KERNELS) -> dict:
     """The autotuner of each kernel, by name."""
     found = {}
-    for name, module in KERNELS.items():
+    for name, module in kernels.items():
         tuner = getattr(importlib.import_module(module), name)
         while not hasattr(tuner, "configs"):
             tuner = tuner.fn
@@ -593,6 +598,46 @@ def summarize(size: str, said: str) -> list[str]:
     return failed
 
 
+def conv() -> None:
+    """Each configuration of the convolution's kernels, the other as it is chosen, against float64;
+    then the time of a micro-batch. Exit status 1 if one is wrong."""
+    import check
+
+    bench, t, module = program()
+    hp, errors = settings(module), {}
+    n = 3 * hp.gdn_heads * hp.gdn_head_dim  # of q, k and v
+    for name, tuner in tuners(CONVOLUTION).items():
+        every = tuner.configs
+        for config in every:
+            tuner.configs = [config]
+            found = check.conv_errors(4, hp.train_seq_len, n, t.CONV_SIZE)
+            errors[f"{name} {config}"] = max(found.values())
+            print(f"{name} {config}: error {max(found.values()):.2g}", flush=True)
+        tuner.configs = every
+    failed = [config for config, error in errors.items() if not error < TOLERANCE]
+    figure = (
+        f"{len(errors) - len(failed)} of {len(errors)} right, at most {max(errors.values()):.2g}"
+    )
+    figure += f"; not right: {'; '.join(failed)}" * bool(failed)
+    row("convolution: configurations against float64", figure)
+    took = 1000 * bench.median_seconds([conv_step(t, hp, n)], 10)[0]
+    tokens = f"{hp.micro_rows() * hp.train_seq_len:,} tokens"
+    row(f"convolution, {n} channels: forward + backward of {tokens}", f"{took:.2f} ms")
+    sys.exit(bool(failed))
+
+
+def conv_step(t, hp, n: int) -> Callable:
+    """Forward and backward of the convolution of n channels in a micro-batch."""
+    import torch
+
+    rows, device = hp.micro_rows(), t.world.device
+    tokens = made_up_text(t, hp, rows * hp.train_seq_len).view(rows, -1)
+    ctx = t.make_context(tokens, hp, rows + int((tokens == t.BOS_ID).sum()))
+    x, dy = (torch.randn(*tokens.shape, n, device=device).to(t.world.dtype) for _ in range(2))
+    inputs = [x.requires_grad_(), torch.randn(n, t.CONV_SIZE, device=device, requires_grad=True)]
+    return lambda: torch.autograd.grad(t.short_conv(*inputs, ctx), inputs, dy)
+
+
 # Throughput.
 
 TOKENS_OF_A_DOCUMENT = 600  # about FineWeb's in 8,192 pieces
@@ -617,20 +662,67 @@ def peak_memory(t) -> str:
     return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
 
 
-def micro_batch_times(bench, t, hp, model, rows: int) -> tuple[float, float, str]:
-    """Seconds of the first forward and backward of so many rows, of a later one; peak memory."""
-    import torch
-
+def micro_batch(t, hp, model, rows: int) -> Callable:
+    """Forward and backward of so many rows of a made-up text."""
     T = hp.train_seq_len
     tokens = made_up_text(t, hp, rows * T + 1)
     batch = [(tokens[:-1].view(rows, T), tokens[1:].view(rows, T))]
     model.most_documents[rows, T] = rows + int((tokens == t.BOS_ID).sum())
+    return lambda: t.accumulate(model, batch)
+
+
+def micro_batch_times(bench, t, hp, model, rows: int) -> tuple[float, float, str]:
+    """Seconds of its first run, of a later one; peak memory."""
+    import torch
+
+    step = micro_batch(t, hp, model, rows)
     if t.world.on_cuda:
         torch.cuda.reset_peak_memory_stats()
-    first = bench.seconds(lambda: t.accumulate(model, batch))
-    runs = steps_to_take(10)
-    later = bench.median_seconds([lambda: t.accumulate(model, batch)], runs, warmup=2)[0]
+    first = bench.seconds(step)
+    later = bench.median_seconds([step], steps_to_take(10), warmup=2)[0]
     return first, later, peak_memory(t)
+
+
+KINDS = (  # of kernels, by their names; the first that matches
+    ("matrix products", r"nvjet|cublas|gemm|cutlass"),
+    ("attention", r"flash"),
+    ("convolution", r"causal_conv1d"),
+    ("delta rule", r"^(chunk|prepare|recompute)_"),
+    ("compiled", r"^triton_"),
+    ("other", r""),
+)
+
+
+def kernel_times(step: Callable, runs: int = 3) -> dict[str, tuple[float, float]]:
+    """Milliseconds and launches in a step, by kernel; {} on a CPU."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    if not torch.cuda.is_available():
+        return {}
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(runs):
+            step()
+        torch.cuda.synchronize()
+    times: dict = {}
+    for event in found.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            total, count = times.get(event.name, (0.0, 0.0))
+            times[event.name] = total + event.self_device_time_total / 1000 / runs, count + 1 / runs
+    return times
+
+
+def print_kernels(what: str, times: dict[str, tuple[float, float]], most: int = 40) -> None:
+    """A row by kind, then the kernels that take longest."""
+    kinds = dict.fromkeys((kind for kind, _ in KINDS), 0.0)
+    for name, (took, _) in times.items():
+        kinds[next(kind for kind, pattern in KINDS if re.search(pattern, name))] += took
+    parts = [f"{kind} {took:.1f}" for kind, took in kinds.items() if took]
+    launches = sum(count for _, count in times.values())
+    if times:
+        row(what, f"{sum(kinds.values()):.1f} ms: {', '.join(parts)}; {launches:.0f} launches")
+    for name, (took, count) in sorted(times.items(), key=lambda item: -item[1][0])[:most]:
+        print(f"kernel: {took:8.3f} ms {count:6.1f} x  {name[:140]}", flush=True)
 
 
 def that_fit(function: Callable, rows: int):
@@ -674,6 +766,8 @@ def throughput(system: str) -> None:
         return micro_batch_times(bench, t, hp, model, rows)
 
     rows, (first, later, memory) = that_fit(times, hp.micro_rows())
+    step = micro_batch(t, hp, model, rows)
+    print_kernels(f"{system}: kernels of {rows} x {hp.train_seq_len} tokens", kernel_times(step))
     optimizer = t.Muon(model, hp)
 
     def update():
@@ -845,7 +939,7 @@ def difference(a, b) -> str:
     )
 
 
-MEASURES = (versions, text, op, op_kernel, op_times, throughput, evaluation, repeat)
+MEASURES = (versions, text, conv, op, op_kernel, op_times, throughput, evaluation, repeat)
 
 
 # --- Command line ---------------------------------------------------------------------------------
