@@ -187,7 +187,7 @@ def test_the_table_is_in_order():
 def test_kernels_are_summed_by_kind(capsys):
     times = {
         "nvjet_sm90_tst_256x128_NNT": (3.0, 10.0),
-        "void pytorch_flash::flash_fwd_kernel<>": (1.5, 2.0),
+        "void pytorch_flash::flash_fwd_kernel<cutlass::bfloat16_t>": (1.5, 2.0),
         "chunk_fwd_kernel_o": (2.0, 10.0),
         "causal_conv1d_bwd_kernel": (0.5, 10.0),
         "triton_poi_fused_add_0": (4.0, 3.5),
@@ -196,7 +196,7 @@ def test_kernels_are_summed_by_kind(capsys):
     shakedown.print_kernels("kernels", times, most=2)
     summed, *longest = capsys.readouterr().out.splitlines()
     assert summed == (
-        "row: kernels | 11.2 ms: matrix products 3.0, attention 1.5, convolution 0.5, "
+        "row: kernels | 11.2 ms: attention 1.5, matrix products 3.0, convolution 0.5, "
         "delta rule 2.0, compiled 4.0, other 0.2; 36 launches"
     )
     assert [line.split()[-1] for line in longest] == list(times)[4::-4]

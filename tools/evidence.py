@@ -277,7 +277,7 @@ def stages(log: str) -> Iterator[Stage]:
 def table_of_floors() -> Iterator[str]:
     found = [*stages("floor.txt")]
     several = {one.name for one in found if one.start != "0"}
-    titles = "products", "kernels", "delta rule", "attention", "optimizer and collectives"
+    titles = "products", "kernels", "fla's", "attention", "optimizer and collectives"
     yield head("system, from this share of the run on", *titles, "saved; alive", "lower bound")
     for one in found:
         share = f", {float(one.start):.0%}" if one.name in several else ""
@@ -298,8 +298,8 @@ def table_of_savings() -> Iterator[str]:
     """The record's step before and after."""
     whats = {
         "floor_before.txt": "before",
-        "floor.txt": "short convolutions recomputed in the backward, the projections of a mixer as "
-        "one product",
+        "floor.txt": "projections as one or two products of a mixer, the short convolution as one "
+        "kernel of fla's",
     }
     yield head("", "kernels, GB", "GEMMs", "launches", "saved GB", "lower bound")
     for log, what in whats.items():
@@ -340,7 +340,45 @@ def table_of_tool(name: str, function: str) -> Iterator[str]:
         yield from getattr(importlib.import_module(name), function)()
 
 
+# --------------------------------------------------------------------------------------------------
+# What GPUs have shown
+
+
+def table_of_gpus() -> Iterator[str]:
+    """Rows that tools/shakedown.py's measures left on GPUs, but those of optimizers and losses."""
+    yield "| card | what | figure |"
+    yield "|---|---|---|"
+    for card, log in dict(H100="gpu_h100.txt", H200="gpu_h200.txt").items():
+        for what, figure in re.findall(r"^row: (.*?) \| (.*)$", read(log), re.M):
+            if not re.search(r"optimizer|loss", what):
+                yield row(card, what, figure)
+
+
+def table_of_the_gpu_run() -> Iterator[str]:
+    """Of a short run on an H200."""
+    run = finished("h200.txt")
+    f, parameters = run.figures, int(find(r"^model_params:(\d+)$", "h200.txt", run.text)[1])
+    quantized = find(r"^final_int\d_roundtrip .*val_bpb:(\S+)", "h200.txt", run.text)[1]
+    memory = find(r"^peak memory allocated: (.*)$", "h200.txt", run.text)[1]
+    checks = find(r"^verify: all (\d+) passed$", "h200.verify.txt")[1]
+    scores = "last weights", "their average", "int6", "artifact, final pass"
+    yield head("", "steps", "training, final pass", *scores, "peak memory", "verifier, on a CPU")
+    yield row(
+        f"`{f['layout']}`, {parameters:,} parameters, {f['bytes']:,} bytes of text",
+        f"{f['step_stop']:,}",
+        f"{f['wallclock_seconds']:.0f} s, {f['eval_time_seconds']:.1f} s",
+        f"{f['raw_val_bpb']:.4f}",
+        f"{f['pre_quant_val_bpb']:.4f}",
+        quantized,
+        f"{f['val_bpb']:.4f}",
+        memory,
+        f"{checks} checks passed",
+    )
+
+
 BLOCKS = dict(
+    gpus=table_of_gpus,
+    gpu_run=table_of_the_gpu_run,
     commands=commands,
     demo=table_of_the_demo,
     attention=attention_alone,

@@ -684,8 +684,8 @@ def micro_batch_times(bench, t, hp, model, rows: int) -> tuple[float, float, str
 
 
 KINDS = (  # of kernels, by their names; the first that matches
+    ("attention", r"flash"),  # before cutlass, which is in the names of its types
     ("matrix products", r"nvjet|cublas|gemm|cutlass"),
-    ("attention", r"flash"),
     ("convolution", r"causal_conv1d"),
     ("delta rule", r"^(chunk|prepare|recompute)_"),
     ("compiled", r"^triton_"),
