@@ -98,11 +98,10 @@ def varlen_sink_attention(q, k, v, sink: Tensor, doc: Tensor, most: int) -> Tens
     room, has one more key than queries. Where there are fewer queries than keys, the last of both
     stand at the same place, so that a query sees the sink and the tokens up to its own."""
     B, T = doc.shape
-    starts = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0), value=True).flatten()
-    torch._assert_async(starts.sum() <= most, "more documents than expected")
-    cu_seqlens = torch.nonzero_static(starts, size=most + 1, fill_value=B * T).flatten().int()
+    cu_seqlens = train_gpt.document_bounds(doc, most)
     cu_keys = cu_seqlens + torch.arange(most + 1, dtype=torch.int32, device=doc.device)
-    places = torch.arange(B * T, device=doc.device) + starts.cumsum(0)  # of tokens among keys
+    tokens = torch.arange(B * T, dtype=torch.int32, device=doc.device)
+    places = tokens + torch.searchsorted(cu_seqlens, tokens, right=True)  # of tokens among keys
     keys = sink.repeat(B * T + most, 1, 1).index_copy(0, places, k.flatten(0, 1))
     values = torch.zeros_like(keys).index_copy(0, places, v.flatten(0, 1))
     q = q.flatten(0, 1)

@@ -145,25 +145,30 @@ def commands() -> Iterator[str]:
     yield row("`./run.sh test`", took("tests.txt"), suite)
 
 
+SCORES = "last weights", "their average", "int6", "artifact, final pass"
+
+
+def scores_of(run: logs.Run, name: str) -> tuple[str, ...]:
+    """Bits per byte of SCORES."""
+    quantized = find(r"^final_int\d_roundtrip .*val_bpb:(\S+)", name, run.text)[1]
+    raw, average, final = (run.figures[f"{at}val_bpb"] for at in ("raw_", "pre_quant_", ""))
+    return f"{raw:.4f}", f"{average:.4f}", quantized, f"**{final:.4f}**"
+
+
 def table_of_the_demo() -> Iterator[str]:
     f, text = demo().figures, demo().text
     last = find(r"^step:.* train_time:(\d+)ms", "demo.txt", text)[1]
-    quantized = find(r"^final_int\d_roundtrip .*val_bpb:(\S+)", "demo.txt", text)[1]
     steps, seconds = find(r"forecast: training +(\d+) steps in (\d+) s", "demo.check.txt").groups()
     scoring = find(r"forecast: final pass +(\d+) s", "demo.check.txt")[1]
     size = find(r"forecast: bytes .* = ([\d,]+) bytes", "demo.check.txt")[1]
     parameters = int(find(r"^model_params:(\d+)$", "demo.txt", text)[1])
     checks = find(r"^verify: all (\d+) passed$", "demo.verify.txt")[1]
-    scores = "last weights", "their average", "int6", "artifact, final pass"
-    yield head("", "steps", "training, final pass", *scores, "artifact + code, bytes", "verifier")
+    yield head("", "steps", "training, final pass", *SCORES, "artifact + code, bytes", "verifier")
     yield row(
         f"{parameters:,} parameters, seed {f['seed']}, {f['bytes']:,} bytes of text",
         f"{f['step_stop']:,}",
         f"{int(last) / 1000:.0f} s, {f['eval_time_seconds']:.0f} s",
-        f"{f['raw_val_bpb']:.4f}",
-        f"{f['pre_quant_val_bpb']:.4f}",
-        quantized,
-        f"**{f['val_bpb']:.4f}**",
+        *scores_of(demo(), "demo.txt"),
         f"{f['bytes_total']:,}",
         f"{checks} checks passed",
     )
@@ -358,19 +363,14 @@ def table_of_the_gpu_run() -> Iterator[str]:
     """Of a short run on an H200."""
     run = finished("h200.txt")
     f, parameters = run.figures, int(find(r"^model_params:(\d+)$", "h200.txt", run.text)[1])
-    quantized = find(r"^final_int\d_roundtrip .*val_bpb:(\S+)", "h200.txt", run.text)[1]
     memory = find(r"^peak memory allocated: (.*)$", "h200.txt", run.text)[1]
     checks = find(r"^verify: all (\d+) passed$", "h200.verify.txt")[1]
-    scores = "last weights", "their average", "int6", "artifact, final pass"
-    yield head("", "steps", "training, final pass", *scores, "peak memory", "verifier, on a CPU")
+    yield head("", "steps", "training, final pass", *SCORES, "peak memory", "verifier, on a CPU")
     yield row(
         f"`{f['layout']}`, {parameters:,} parameters, {f['bytes']:,} bytes of text",
         f"{f['step_stop']:,}",
         f"{f['wallclock_seconds']:.0f} s, {f['eval_time_seconds']:.1f} s",
-        f"{f['raw_val_bpb']:.4f}",
-        f"{f['pre_quant_val_bpb']:.4f}",
-        quantized,
-        f"{f['val_bpb']:.4f}",
+        *scores_of(run, "h200.txt"),
         memory,
         f"{checks} checks passed",
     )

@@ -98,11 +98,7 @@ def fake_ops(shape: tuple[int, int, int, int]) -> dict[str, tuple]:
     import train_gpt  # noqa: F401  (registers the ops)
 
     with FakeTensorMode() as mode:
-        return run_ops(
-            shape,
-            lambda name: getattr(torch.ops.train_gpt, name),
-            mode.from_tensor,
-        )
+        return run_ops(shape, lambda name: getattr(torch.ops.train_gpt, name), mode.from_tensor)
 
 
 def on_gpu(card: cards.Card) -> None:
