@@ -77,6 +77,7 @@ if [ "${1:-}" = check ]; then
     . logs/check.env  # its verdict, and settings with which the run would fit
     exit "$check_failed"
 fi
+supervise "$python" tools/dataset.py "$dataset" "$tokenizer"
 to_the_end() { trap '' HUP INT TERM; exec "$@"; }  # behind a pipe: it ends with what it reads
 screen() { to_the_end "$python" tools/screen.py; }
 shown() { unreported "$@" | screen; }

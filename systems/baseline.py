@@ -26,15 +26,14 @@ class Hyperparameters(train_gpt.Hyperparameters):
     rope_dims: int = 64
     qk_gain_init: float = 1.5
     xsa: bool = False
-    smear_dims: int = 0
+    artifact_target_bytes: int = bounded(7_400_000, 0, train_gpt.SIZE_LIMIT)
     eval_mode: str = "sliding"
     eval_seq_len: int = bounded(1024, 2)
     ttt: str = ""
 
     def validate(self) -> None:
         super().validate()
-        _, order = train_gpt.parse_layout(self.layout, self.kinds)
-        self.require("layout", len(order) > 1, "more than one pass")
+        self.require("layout", len(self.block_kinds()) > 1, "more than one block")
 
 
 class GPT(parts.UNet):

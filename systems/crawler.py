@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH=1 leaves it out
+import layouts
 import parts
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from train_gpt import MATRIX, SCALAR, ZEROS, bounded
 
 
 @dataclass
-class Hyperparameters(train_gpt.Hyperparameters):
+class Hyperparameters(layouts.Hyperparameters):
     system = "crawler"
     data_path: str = "./data/datasets/fineweb10B_sp1024"
     tokenizer_path: str = "./data/tokenizers/fineweb_1024_bpe.model"
@@ -34,6 +35,7 @@ class Hyperparameters(train_gpt.Hyperparameters):
     muon_momentum: float = bounded(0.99, 0, 1)
     ema_decay: float = bounded(0.99, 0, 1)
     gptq_reserve_seconds: float = 30.0
+    artifact_target_bytes: int = bounded(7_400_000, 0, train_gpt.SIZE_LIMIT)
     ttt: str = ""
 
     inst_dim: int = bounded(32, 2)  # rank of the instructions
@@ -44,8 +46,8 @@ class Hyperparameters(train_gpt.Hyperparameters):
 
     def validate(self) -> None:
         super().validate()
-        blocks, order = train_gpt.parse_layout(self.layout, self.kinds)
-        self.require("layout", len(order) > len(blocks), "a group that loops")
+        loops = len(self.order_of_passes()) > len(self.block_kinds())
+        self.require("layout", loops, "a group that loops")
 
     def ema_decay_at(self, progress: float, step: int) -> float:
         return super().ema_decay_at(progress, step) if progress >= self.ema_start else 0.0
@@ -62,7 +64,7 @@ class MemoryBlock(train_gpt.Block):
         return 0.0
 
 
-class GPT(parts.NgramGPT, parts.UNet):
+class GPT(parts.NgramGPT, parts.UNet, layouts.GPT):
     param_rules = (
         (r"inst_out\.\d+\.weight$", MATRIX, ZEROS),
         (r"inst_in\.weight$", MATRIX, lambda w, hp: nn.init.orthogonal_(w)),
@@ -89,9 +91,8 @@ class GPT(parts.NgramGPT, parts.UNet):
             x = x + self.inst_out[self.loops.index(len(earlier))](self.inst_in(x))
         return x
 
-    def precision(self, name: str) -> tuple[int, float]:
-        bits, clip_sigmas = super().precision(name)
-        return self.hp.loop_bits if name.startswith(self.looped_names) else bits, clip_sigmas
+    def bits(self, name: str) -> int:
+        return self.hp.loop_bits if name.startswith(self.looped_names) else super().bits(name)
 
     @torch.no_grad()
     def with_weights_of(self, quantized: dict) -> "GPT":
@@ -108,7 +109,7 @@ class GPT(parts.NgramGPT, parts.UNet):
     def calibrate(self, batches: list) -> dict[str, Tensor]:
         """The Hessians of what loops are collected again, behind all else as it will ship."""
         hessians = super().calibrate(batches)
-        flat = train_gpt.quantize(self, hessians)
+        flat = train_gpt.quantize(self, hessians, self.hp.rounding_step)
         flat = {name: q for name, q in flat.items() if not name.startswith(self.looped_names)}
         again = train_gpt.collect_hessians(self.with_weights_of(flat), batches)
         return hessians | {name: again[name] for name in hessians.keys() - flat.keys()}

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH=1 leaves it out
+import layers
+import layouts
 import parts
 
 import train_gpt
@@ -22,7 +24,7 @@ from train_gpt import bounded
 
 
 @dataclass
-class Hyperparameters(train_gpt.Hyperparameters):
+class Hyperparameters(layouts.Hyperparameters):
     system = "gdn_hybrid"
     data_path: str = "./data/datasets/fineweb10B_sp1024"
     tokenizer_path: str = "./data/tokenizers/fineweb_1024_bpe.model"
@@ -41,7 +43,6 @@ class Hyperparameters(train_gpt.Hyperparameters):
     rope_dims: int = 64
     qk_gain_init: float = 5.0
     xsa: bool = False
-    smear_dims: int = 12
     logit_softcap: float = bounded(30.0, 1)
     matrix_lr: float = 0.02
     muon_momentum: float = bounded(0.95, 0, 1)
@@ -55,20 +56,21 @@ class Hyperparameters(train_gpt.Hyperparameters):
     warmdown_frac: float = bounded(0.3, 0, 1)  # of the run; in #1545 a plan
     min_lr: float = bounded(0.0, 0, 1)
     embed_bits: int = bounded(6, 2, 8)
-    embed_clip_sigmas: float = bounded(12.85, 1)
     eval_seq_len: int = bounded(2048, 2)
     ttt: str = ""
 
+    smear_dims: int = 12  # inputs of the SmearGate; 0 = off
     ngram_vocab_size: int = 3072  # rows of the hashed bigram and trigram table; 0 = off
     ngram_dim: int = bounded(112, 2)
 
     def validate(self) -> None:
         super().validate()
+        self.require("smear_dims", self.smear_dims <= self.model_dim, "at most MODEL_DIM")
         self.require("ngram_vocab_size", self.ngram_vocab_size != 1, "0 or more than 1")
 
 
-class GPT(parts.NgramGPT):
-    pass
+class GPT(layers.SmearGate, parts.NgramGPT, layouts.GPT):
+    param_rules = *layers.SmearGate.param_rules[:1], *parts.NgramGPT.param_rules
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ blocks have mixer and MLP side by side; scored as a stream, from which SGD train
 Mended: the convolutions are trained; no state, attention or convolution crosses a document. Other
 than there: a sink has no position, which costs 512 parameters; queries, keys and values of a delta
 rule are orthogonalised apart; what is no matrix is not decayed; frequent tokens are those of the
-calibration; matrices are clipped at 13.3 deviations, not 13, as the code is not packed; weights get
-no noise late in training, which was too small to matter.
+calibration; all tensors are rounded to the steps that the bytes allow, not at 13 or 20 deviations;
+weights get no noise late in training, which was too small to matter.
 
     torchrun --standalone --nproc_per_node=8 systems/hybrid_1895.py
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH=1 leaves it out
 import layers
+import layouts
 import numpy as np
 import parts
 import torch
@@ -30,7 +31,7 @@ from train_gpt import SCALAR, ZEROS, bounded
 
 
 @dataclass
-class Hyperparameters(train_gpt.Hyperparameters):
+class Hyperparameters(layouts.Hyperparameters):
     system = "hybrid_1895"
     kinds = "GA"  # a sink would leave a window
 
@@ -50,7 +51,6 @@ class Hyperparameters(train_gpt.Hyperparameters):
     rope_dims: int = 16
     qk_gain_init: float = 5.25
     xsa: bool = True
-    smear_dims: int = 0
     logit_softcap: float = bounded(20.0, 1)
     matrix_lr: float = 0.0275
     muon_momentum: float = bounded(0.985, 0, 1)
@@ -62,10 +62,7 @@ class Hyperparameters(train_gpt.Hyperparameters):
     warmdown_frac: float = bounded(0.85, 0, 1)
     min_lr: float = bounded(0.1, 0, 1)
     matrix_bits: int = bounded(6, 2, 8)
-    matrix_clip_sigmas: float = bounded(13.3, 1)
-    mlp_clip_sigmas: float = bounded(13.3, 1)
     embed_bits: int = bounded(7, 2, 8)
-    embed_clip_sigmas: float = bounded(20.0, 1)
     gptq_calibration_batches: int = bounded(1, 1)
     eval_mode: str = "stream"
     eval_chunk: int = bounded(512, 1)
@@ -91,8 +88,7 @@ class Hyperparameters(train_gpt.Hyperparameters):
 
     def validate(self) -> None:
         super().validate()
-        _, order = train_gpt.parse_layout(self.layout, self.kinds)
-        self.require("layout", len(order) > 1, "more than one pass")
+        self.require("layout", len(self.order_of_passes()) > 1, "more than one pass")
         shared = self.gdn_heads % self.gdn_key_heads == 0
         self.require("gdn_key_heads", shared, "to divide GDN_HEADS")
         self.require("rope_dims", self.rope_dims < self.head_dim, "less than HEAD_DIM")
@@ -143,7 +139,7 @@ def hadamard(n: int) -> Tensor:
     return H / n**0.5
 
 
-class GPT(layers.LateLoop, parts.UNet):
+class GPT(parts.UNet, layouts.LateLoop):
     param_rules = (
         (r"sink$", SCALAR, ZEROS),
         layers.CONV_RULE,
@@ -182,15 +178,14 @@ class GPT(layers.LateLoop, parts.UNet):
         self.rotate_values()
         return super().calibrate(batches)
 
-    def precision(self, name: str):  # bits of the table: int64 [V]
-        hp, (bits, clip_sigmas) = self.hp, super().precision(name)
+    def bits(self, name: str) -> int | Tensor:  # of the table: int64 [V]
+        hp, bits = self.hp, super().bits(name)
         if name == "tok_emb.weight":
             rows = torch.where(hp.is_frequent(), hp.frequent_bits, bits)
-            return rows.to(train_gpt.world.device), clip_sigmas
+            return rows.to(train_gpt.world.device)
         owner = self.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
-        if isinstance(owner, layers.SinkAttention) and name.endswith("o_proj.weight"):
-            bits = hp.attn_out_bits
-        return bits, clip_sigmas
+        is_output = isinstance(owner, layers.SinkAttention) and name.endswith("o_proj.weight")
+        return hp.attn_out_bits if is_output else bits
 
     def learner(self, hp: Hyperparameters):
         return MlpTTT(self, hp) if hp.ttt == "sgd" else None

@@ -39,9 +39,9 @@ class Hyperparameters(train_gpt.Hyperparameters):
 
     def validate(self) -> None:
         super().validate()
-        specs, _ = train_gpt.parse_layout(self.layout, self.kinds)
-        only_deltas = {kind for kind, _ in specs} == {"G"}
-        self.require("layout", only_deltas and len(specs) % 2 == 0, "an even number of blocks G")
+        kinds = self.block_kinds()
+        in_pairs = {*kinds} == {"G"} and len(kinds) % 2 == 0
+        self.require("layout", in_pairs, "an even number of blocks G")
         self.require("ngram_vocab_size", self.ngram_vocab_size != 1, "0 or more than 1")
 
 

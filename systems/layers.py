@@ -1,5 +1,4 @@
-"""Mixers that the record lacks, and a loop that begins late; counted with each system that imports
-them."""
+"""Mixers and a gate that the record lacks; counted with each system that imports them."""
 
 import sys
 from pathlib import Path
@@ -10,26 +9,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt  # noqa: E402  (the path comes first)
-from train_gpt import SCALAR, Linear, last, norm, rotary  # noqa: E402
-
-
-class LateLoop(train_gpt.GPT):
-    """The group of the layout loops from progress ENABLE_LOOPING_AT on; until then each block is
-    passed through once."""
-
-    def build(self, hp) -> None:
-        super().build(hp)
-        self.looped_order = self.order
-
-    def set_looping(self, on: bool) -> None:
-        order = self.looped_order if on else sorted({*self.looped_order})
-        if len(order) > len(self.order):
-            train_gpt.log.info(f"layer_loop:enabled passes:{order}")
-        self.order = order
-
-    def set_progress(self, progress: float) -> None:
-        self.set_looping(progress >= self.hp.enable_looping_at)
-
+from train_gpt import SCALAR, ZEROS, Linear, last, norm, rotary, shift  # noqa: E402
 
 # as nn.Conv1d starts
 CONV_RULE = (
@@ -130,3 +110,27 @@ class SinkAttention(train_gpt.Attention):
             y = y.unflatten(2, (v.shape[2], -1))  # [B, T, Hkv, group, D]
             y = (y - (y * own).sum(-1, keepdim=True) * own).flatten(2, 3)
         return y
+
+
+class SmearGate(train_gpt.GPT):
+    """The embedding gets some of the token before, by a gate of its first SMEAR_DIMS channels
+    (#1855); 0 = off."""
+
+    param_rules = (
+        (r"smear_(gate|lambda)$", SCALAR, ZEROS),  # off at the start
+        *train_gpt.PARAM_RULES,
+    )
+
+    def build(self, hp) -> None:
+        super().build(hp)
+        if hp.smear_dims:
+            self.smear_gate = nn.Parameter(torch.empty(hp.smear_dims))
+            self.smear_lambda = nn.Parameter(torch.empty(()))
+
+    def embed(self, ids: Tensor, ctx: train_gpt.Context) -> Tensor:
+        x = super().embed(ids, ctx)
+        if self.hp.smear_dims:
+            gate = (x[..., : self.hp.smear_dims] @ self.smear_gate.to(x.dtype)).sigmoid()
+            smear = self.smear_lambda.to(x.dtype) * gate.unsqueeze(-1)
+            x = x + smear * ctx.same_doc[..., :1] * shift(x, 1)
+        return x

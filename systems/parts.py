@@ -74,8 +74,8 @@ class NgramGPT(train_gpt.GPT):
         super().build(hp)
         self.ngram = NgramEmbedding(hp) if hp.ngram_vocab_size else None
 
-    def lookup(self, ids: Tensor, ctx: train_gpt.Context) -> Tensor:
-        x = super().lookup(ids, ctx)
+    def embed(self, ids: Tensor, ctx: train_gpt.Context) -> Tensor:
+        x = super().embed(ids, ctx)
         return x if self.ngram is None else x + self.ngram(ids, ctx)
 
     def calibrate(self, batches: list) -> dict[str, Tensor]:

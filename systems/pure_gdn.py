@@ -41,7 +41,7 @@ class Hyperparameters(train_gpt.Hyperparameters):
     num_heads: int = bounded(6, 1)
     num_kv_heads: int = bounded(6, 1)
     window_size: int = bounded(256, 1)
-    smear_dims: int = 0
+    artifact_target_bytes: int = bounded(10_700_000, 0, train_gpt.SIZE_LIMIT)
     matrix_bits: int = bounded(8, 2, 8)
     gptq_calibration_batches: int = bounded(8, 1)
     eval_seq_len: int = bounded(1024, 2)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH=1 leaves it out
 import layers
+import layouts
 import parts
 import torch
 import torch.nn.functional as F
@@ -22,15 +23,14 @@ from train_gpt import SCALAR, ZEROS, bounded
 
 
 @dataclass
-class Hyperparameters(train_gpt.Hyperparameters):
+class Hyperparameters(layouts.Hyperparameters):
     system = "transformer"
     layout: str = "A3 (A3)x3 A5"
     mlp_mult: float = bounded(4.0, 1)
     matrix_lr: float = 0.026
-    matrix_clip_sigmas: float = bounded(13.0, 1)
-    mlp_clip_sigmas: float = bounded(12.5, 1)
 
     enable_looping_at: float = bounded(0.35, 0, 1)  # progress from which the group loops
+    smear_dims: int = 12  # inputs of the SmearGate; 0 = off
     attn_gate_dims: int = bounded(12, 1)  # inputs of the sparse gate on each attention head
     parallel_start_layer: int = 8  # from this block on mixer and MLP have a lane each; 0 = off
 
@@ -41,7 +41,7 @@ class Hyperparameters(train_gpt.Hyperparameters):
 
     def validate(self) -> None:
         super().validate()
-        blocks, order = train_gpt.parse_layout(self.layout, self.kinds)
+        blocks, order = self.block_kinds(), self.order_of_passes()
         self.require("layout", len(order) > 1, "more than one pass")
         start, lanes = self.parallel_start_layer, range(self.parallel_start_layer, len(blocks))
         once = all(order.count(i) == 1 for i in lanes)
@@ -51,6 +51,7 @@ class Hyperparameters(train_gpt.Hyperparameters):
             start == 0 or once and late,
             "0 or a block of the second half, behind the loop",
         )
+        self.require("smear_dims", self.smear_dims <= self.model_dim, "at most MODEL_DIM")
         self.require("attn_gate_dims", self.attn_gate_dims <= self.model_dim, "at most MODEL_DIM")
 
     def stage_starts(self) -> list[float]:
@@ -105,10 +106,11 @@ class PhasedTTT(parts.SgdTTT):
             self.learn(first, end, epochs=1)
 
 
-class GPT(layers.LateLoop, parts.UNet):
+class GPT(layers.SmearGate, parts.UNet, layouts.LateLoop):
     param_rules = (
         (r"attn_gate$", SCALAR, ZEROS),  # a gate of 1/2
         (r"lanes$", SCALAR, lambda w, hp: w.copy_(torch.tensor([1.1, 1.0, 1.0]))),
+        *layers.SmearGate.param_rules[:1],
         *parts.UNet.param_rules,
     )
 

@@ -28,7 +28,7 @@ SMALL = dict(
         "HEAD_DIM=16 WINDOW_SIZE=40 NGRAM_VOCAB_SIZE=256 NGRAM_DIM=16 PARALLEL_START_LAYER=0 "
         "TRAIN_SEQ_LEN=64 TRAIN_BATCH_TOKENS=512 GRAD_ACCUM_STEPS=1 ITERATIONS=40 WARMUP_STEPS=1 "
         "MAX_WALLCLOCK_SECONDS=0 GPTQ_RESERVE_SECONDS=0 GPTQ_CALIBRATION_BATCHES=8 EMBED_BITS=8 "
-        "MATRIX_CLIP_SIGMAS=6 MLP_CLIP_SIGMAS=6 EMBED_CLIP_SIGMAS=12 EMA_DECAY=0.95 "
+        "ARTIFACT_TARGET_BYTES=0 EMA_DECAY=0.95 "
         "TTT_CHUNK_TOKENS=64 TTT_PHASES=1 TTT_LORA_LR=0.003 TTT_LORA_RANK=8 TTT_LORA_ALPHA=16 "
         "EVAL_MODE=sliding EVAL_SEQ_LEN=64 EVAL_STRIDE=32 EVAL_CHUNK=32 EVAL_ROWS=8 TTT= "
         "VAL_BATCH_SIZE=256 RUN_ID=run SCORES=scores.npz ARTIFACT=model.ptz"
@@ -40,7 +40,8 @@ LAYOUTS = {
     "transformer": "A (A)x2 A",
     "hybrid_1895": "G A (A)x2",
 }
-SHARED = ["systems/parts.py", "systems/layers.py"]  # by systems, those that have them
+MODULES = "parts", "layers", "layouts"  # that systems share
+SHARED = [f"systems/{name}.py" for name in MODULES]
 
 
 def planted(folder: Path, system: str, *edits: tuple[str, str]) -> Path:
@@ -74,13 +75,13 @@ def modules_of(script: Path) -> tuple[types.ModuleType, types.ModuleType]:
     name, folder = f"program_{next(SERIAL)}", script.parent
     is_system = folder.name == "systems"
     path = folder.parent / "train_gpt.py" if is_system else script
-    known = {key: sys.modules.pop(key, None) for key in ("train_gpt", "parts", "layers")}
+    known = {key: sys.modules.pop(key, None) for key in ("train_gpt", *MODULES)}
     with mock.patch.object(sys, "path", [str(folder), *sys.path]):
         base = sys.modules["train_gpt"] = load(path, name)
         base.world.device, base.world.dtype = torch.device("cpu"), torch.float32
         top = load(script, f"{name}_system") if is_system else base
     # the program looks among the modules for the files that it is made of
-    for part in ("parts", "layers"):
+    for part in MODULES:
         sys.modules[f"{name}_{part}"] = sys.modules.pop(part, base)
     sys.modules.update({key: module for key, module in known.items() if module})
     return base, top

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from conftest import TINY
 from streams import documents_of, nats_by_hand, read_by_ranks, windows_of
-from toys import system
+from toys import is_plain, system
 
 from train_gpt import Linear, final_plan, score
 
@@ -47,10 +47,13 @@ TEXT = (3, 40, 1, 9, 30, 22, 12, 2, 25, 8)  # lengths of documents, 152 tokens
 
 def small(name: str, **overrides):
     """Hyperparameters of a system with a model of two blocks; those of kv_share may have a layout
-    that only the record's model can have."""
-    cls = system(name).Hyperparameters
+    that only the record's model, or that of systems/layouts.py, can have."""
+    cls, richer = system(name).Hyperparameters, system("layouts").Hyperparameters
     own = {f.name for f in fields(cls)}
-    return cls(**(TINY | {k: v for k, v in SMALL.items() if k in own} | overrides))
+    settings = TINY | {k: v for k, v in SMALL.items() if k in own} | overrides
+    if not is_plain(settings["layout"]) and not issubclass(cls, richer):
+        cls = richer if issubclass(richer, cls) else type(cls.__name__, (cls, richer), {})
+    return cls(**settings)
 
 
 class Mode(NamedTuple):
@@ -66,7 +69,8 @@ class Mode(NamedTuple):
         return small(self.hyperparameters, **(self.settings | overrides))
 
     def new_model(self, hp):
-        return system(self.model).GPT(hp)
+        plain = is_plain(hp.layout) or self.model != "train_gpt"
+        return system(self.model if plain else "layouts").GPT(hp)
 
     def new_learner(self, model, hp):
         return self.learner and getattr(system(self.module), self.learner)(model, hp)

@@ -51,6 +51,8 @@ SETTINGS = TINY | OWN | dict(run_id="run", artifact="model.ptz", scores="scores.
 SETTINGS |= dict(iterations=4, train_batch_tokens=128, muon_backend_steps=1, val_batch_size=1024)
 LAYOUTS = {
     "train_gpt": dict(layout="G S"),
+    "layouts": dict(layout="G S"),  # the record's blocks, shared or in a loop
+    "gdn_hybrid": dict(layout="G S"),
     "kv_share": dict(layout="G2"),
     "pure_gdn": dict(layout="G S"),
     "crawler": dict(layout="A (A G)x2 A"),

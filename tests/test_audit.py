@@ -149,7 +149,11 @@ def test_each_budget_is_its_own(run):
 
 
 def test_a_failed_check_leaves_its_figures_and_an_error_that_names_it(run):
-    with mock.patch.object(train_gpt, "SIZE_LIMIT", 1000):
+    def pack_once(hp, model, hessians) -> None:  # `fit` would not end over the cap
+        quantized = train_gpt.quantize(model, hessians, hp.rounding_step)
+        train_gpt.save_artifact(hp.artifact, model, hp, quantized)
+
+    with mock.patch.multiple(train_gpt, SIZE_LIMIT=1000, fit=pack_once):
         failed = run(eval_seconds=1e-9)
     assert failed.error == "audit failed: size, time"
     checks = failed.figures["checks"]

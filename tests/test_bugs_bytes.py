@@ -87,7 +87,7 @@ def a_new_document_ends_the_cache(p: Program) -> None:
 PLAIN = "if plain else int(not is_boundary)"
 PATHS = '        wanted = {f"fineweb_{split}_{i:06d}.bin" for i in range('
 VAL_IDS = "        ids = stream.read(0, len(stream))\n"
-EMBEDDED = "        x = x0 = last(self.embed("
+EMBEDDED = "        x = x0 = norm(last(self.embed("
 WINDOWS = "    units = [[Reading(max(0, end - T), end, first)] for first, end in ends]\n"
 RESET = "        g = g.masked_fill(last(ctx.same_doc, T)[..., :1] == 0, RESET_LOG_DECAY)\n"
 ORIGINAL = "        self.target_bytes = sizes[1:].to(world.device)\n"
@@ -199,7 +199,7 @@ BUGS = [
     ),
     Bug(
         "D4",
-        "error: encodes .* documents of .* as other tokens",
+        "audit: bytes",
         [("starts[i] :][:count]", "starts[i] :][:count].clip(max=255)")],
     ),
     Bug(
@@ -243,6 +243,7 @@ BUGS = [
         "D10b",
         "verify: isolation",
         [("smear * ctx.same_doc[..., :1] * shift(x, 1)", "smear * shift(x, 1)")],
+        system="gdn_hybrid",
     ),
     Bug("D10c", "verify: isolation", [(RESET, "")]),
     Bug(
@@ -260,6 +261,7 @@ BUGS = [
         "D10f",
         a_new_document_ends_the_cache,
         [(RESET, RESET.replace("== 0,", "== (0 if state is None else -1),"))],
+        system="layouts",
     ),
     Bug("D11", "error: starts with token .*, expected BOS", corpus=without_bos),
     Bug("D12", "verify: overlap", corpus=an_overlap_that_is_not_told),

@@ -93,7 +93,13 @@ def the_submission_says_on_what_it_ran(p: Program) -> None:
 
 
 def a_failed_check_leaves_no_submission(p: Program) -> None:
-    p.core.SIZE_LIMIT = 1000
+    fit = p.core.fit
+
+    def then_another_cap(*args) -> None:
+        fit(*args)
+        p.core.SIZE_LIMIT = 1000
+
+    p.core.fit = then_another_cap
     run = Run(p, p.folder / "run")
     assert run.stderr.startswith("Refused: audit failed: size")
     assert submission_of(p, run) is None
@@ -166,8 +172,8 @@ BATCHES = "[loader.next() for _ in range(hp.gptq_calibration_batches * hp.micro_
 VALIDATION_BATCHES = """\
     batches = [(validation.tokens[:256].view(-1, 64), None) for _ in batches]
 """
-QUANTIZED = "    quantized = quantize(model, hessians)\n"
-EMBEDDED = "        x = x0 = last(self.embed(ids.clamp(min=0), ctx), T)"
+PACKED = "    if world.rank == 0:  # other ranks' may differ in the last bit\n"
+EMBEDDED = "        x = x0 = norm(last(self.embed(ids.clamp(min=0), ctx), T))"
 SEES_ITS_TARGET = f"""\
 {EMBEDDED}
         own, target = x[:, {{0}}:{{1}}], x[:, {{1}}:{{2}}]
@@ -271,7 +277,7 @@ UNDER_A_CLOCK = dict(iterations=20_000, max_wallclock_seconds=3.0, gptq_reserve_
 BUGS = [
     # learning from validation text
     Bug("L1a", "audit: ledger", [(LOADED, LOADED + TTT)]),
-    Bug("L1b", only_training_text_is_learned_from, [(QUANTIZED, TTT + QUANTIZED)]),
+    Bug("L1b", only_training_text_is_learned_from, [(PACKED, TTT + PACKED)]),
     Bug("L1c", "audit: ledger", [(FINAL, TTT + FINAL), (AFTER, AFTER + "    weights = after\n")]),
     Bug(
         "L1d",
@@ -436,7 +442,7 @@ BUGS = [
         "L32",
         "audit: ledger",
         [
-            (QUANTIZED, f'    globals()["KEPT"] = model\n{QUANTIZED}'),
+            (PACKED, f'    globals()["KEPT"] = model\n{PACKED}'),
             (LOADED, f"{LOADED}    model = KEPT\n"),
         ],
     ),

@@ -16,7 +16,7 @@ from museum import (
     refuses,
     shaken,
 )
-from toys import as_packed
+from toys import as_packed, clipped, rounded
 
 # --------------------------------------------------------------------------------------------------
 # Catchers: GPTQ
@@ -43,8 +43,8 @@ def rows_of_small_weights_keep_their_scale(p: Program) -> None:
 def embeddings_have_eight_bits(p: Program) -> None:
     """At 3 sigmas some weights of a normal table lie at the end of the scale: 127, which 6 bits do
     not reach."""
-    _, model, *_ = parts(p, embed_bits=8, embed_clip_sigmas=3.0)
-    quantized = p.core.quantize(shaken(model))
+    _, model, *_ = parts(p, embed_bits=8)
+    quantized = clipped(shaken(model), 3.0)
     ends = {name: q.abs().max().item() for name, (q, _) in quantized.items()}
     assert ends["tok_emb.weight"] == ends["ngram.table"] == 127
     assert max(end for name, end in ends.items() if is_matrix(name)) <= 31
@@ -57,10 +57,12 @@ def by_hand(p: Program, model, hessians: dict, looped: tuple[str, ...]):
     with torch.no_grad():
         for name, weight in flat.named_parameters():
             if name in hessians and not name.startswith(looped):
-                embed = name in ("tok_emb.weight", "ngram.table")
-                sigmas = hp.mlp_clip_sigmas if ".mlp." in name else hp.matrix_clip_sigmas
-                how = (8, hp.embed_clip_sigmas) if embed else (3, sigmas)
-                q, scale = p.core.gptq_quantize(weight, hessians[name], *how)
+                bits = 8 if name in ("tok_emb.weight", "ngram.table") else 3
+                uses = 2 if name == "tok_emb.weight" else 1
+                inputs = (uses * hessians[name].diagonal().mean()).sqrt()  # their RMS
+                step = hp.rounding_step / inputs / weight.std(1)  # in deviations of each row
+                width = ((2 ** (bits - 1) - 1) * step).clamp(min=6.0)
+                q, scale = p.core.gptq_quantize(weight, hessians[name], bits, width)
                 weight.copy_(q.float() * scale.float()[:, None])
             elif name not in hessians:
                 weight.copy_(weight.half())
@@ -68,13 +70,15 @@ def by_hand(p: Program, model, hessians: dict, looped: tuple[str, ...]):
 
 
 def the_looped_blocks_are_calibrated_behind_what_ships(p: Program) -> None:
-    """Each looped matrix gets the sum over the inputs that it has behind the other blocks'
-    quantized weights, which are built here from their first Hessians, and these their first."""
+    """Each looped matrix gets the mean, over tokens, of the inputs that it has behind the other
+    blocks' quantized weights, which are built here from their first Hessians, and these their
+    first."""
     _, model, stream, _ = parts(p, layout="A (A G)x2 A", matrix_bits=3, embed_bits=8)
     tokens, looped = stream.read(0, 8 * 65).view(2, 4, 65), ("blocks.1.", "blocks.2.", "inst_")
     batches = [(x[:, :-1], x[:, 1:]) for x in tokens]
     P = shaken(model).ngram.proj.weight.detach()
-    first = p.core.collect_hessians(model, batches) | {"ngram.table": P.mT @ P}
+    first = p.core.collect_hessians(model, batches)
+    first["ngram.table"] = P.mT @ P
     final, expected = model.calibrate(batches), {}
     flat = by_hand(p, model, first, looped)
     names = {id(weight): name for name, weight in flat.named_parameters()}
@@ -92,7 +96,7 @@ def the_looped_blocks_are_calibrated_behind_what_ships(p: Program) -> None:
     assert sum(name.startswith(looped) for name in first) == 6 + 5 + 3
     for name, hessian in final.items():
         if name.startswith(looped):
-            X = torch.cat(expected[name]).double()
+            X = torch.cat(expected[name]).double() / (2 * 4 * 64) ** 0.5
             error = (hessian - X.T @ X).norm() / (X.T @ X).norm()
             assert error < 512 * 2**-24, name  # sums of 512 products in float32
             assert (hessian - first[name]).norm() > 1e-2 * first[name].norm(), name
@@ -106,7 +110,7 @@ def the_looped_blocks_are_calibrated_behind_what_ships(p: Program) -> None:
 
 def an_artifact_without_a_tensor_is_refused(p: Program) -> None:
     hp, model, *_ = parts(p)
-    quantized, named = p.core.quantize(model), model.named_parameters
+    quantized, named = rounded(model), model.named_parameters
 
     def without():
         return [row for row in named() if "A_log" not in row[0]]
@@ -125,16 +129,17 @@ def an_artifact_of_another_system_is_refused(p: Program) -> None:
         **{f.name: getattr(hp, f.name) for f in fields(p.core.Hyperparameters)}
     )
     classes = p.system.Hyperparameters, p.system.GPT
-    p.core.save_artifact(hp.artifact, model, hp)
+    p.core.save_artifact(hp.artifact, model, hp, rounded(model))
     assert p.core.load_artifact(hp.artifact, "cpu", *classes)[1].system == "pure_gdn"
-    p.core.save_artifact(hp.artifact, p.core.GPT(record), record)
+    as_record = p.core.GPT(record)
+    p.core.save_artifact(hp.artifact, as_record, record, rounded(as_record))
     assert refuses(lambda: p.core.load_artifact(hp.artifact, "cpu", *classes))
 
 
 def the_artifact_is_scored_with_its_loop(p: Program) -> None:
     """Loaded, it predicts what the weights that it holds predict in the model that was trained."""
     hp, model, *_ = parts(p, layout="A (A G)x3 A")
-    quantized = p.core.quantize(shaken(model))
+    quantized = rounded(shaken(model))
     p.core.save_artifact(hp.artifact, model, hp, quantized)
     ids, classes = torch.randint(4, 300, (2, 60)), (p.system.Hyperparameters, p.system.GPT)
     shipped = as_packed(model, quantized)
@@ -175,7 +180,7 @@ def the_log_and_the_artifact_say_what_runs(p: Program) -> None:
     D, n = hp.model_dim, hp.gdn_heads * hp.gdn_head_dim
     delta = 5 * D * n + 2 * D * hp.gdn_heads + 12 * n + 2 * hp.gdn_heads + hp.gdn_head_dim
     lent = 2 * D * n + 8 * n  # keys and values of every second block
-    embedding = hp.vocab_size * D + 96 * hp.ngram_dim + hp.ngram_dim * D + hp.smear_dims + 1
+    embedding = hp.vocab_size * D + 96 * hp.ngram_dim + hp.ngram_dim * D
     blocks = 4 * (2 * D * int(2.5 * D) + 4 * D)
     assert f"model_params:{embedding + blocks + 4 * delta - 2 * lent}" in lines
 
@@ -183,16 +188,19 @@ def the_log_and_the_artifact_say_what_runs(p: Program) -> None:
 # --------------------------------------------------------------------------------------------------
 # Bugs
 
-HESSIAN = "if hessians is None else hessians[name]\n"
-OR_NONE = "if hessians is None else hessians.get(name, torch.eye(W.shape[1]))\n"
+HESSIAN = "H, bits = hessians[name],"
+OR_NONE = "H, bits = hessians.get(name, torch.eye(W.shape[1])),"
 OF_MATRICES = "for name, p in model.named_parameters() if model.kinds[name] != SCALAR}"
-QUANTIZE = "for name, W in model.named_parameters() if"
-QUANTIZED = "    quantized = quantize(model, hessians)\n"
+QUANTIZE = "for name, W in model.named_parameters():"
+QUANTIZED = "quantize(model, hessians, step))\n"
+ROUNDED = "quantize(model, {name: torch.eye(len(H)) for name, H in hessians.items()}, step))\n"
 LOADED = "eval_seq_len=hp.eval_seq_len)  # what full attention sees\n"
 RETURN_MODEL = "    return model.to(device), hp\n"
-ITS_VALUES = " or len(values) != sum(ints) + 2 * sum(halves):"
-UNPACKED = "    q = iter(torch.frombuffer("
-RANDOM_REST = "    values += os.urandom(max(0, sum(ints) + 2 * sum(halves) - len(values)))\n"
+ITS_VALUES = "fits = len(values) == 2 * sum(halves) and "
+CODER = "        coder = coding.queue.RangeDecoder("
+OF_NOTHING = """\
+        values += bytes(max(0, 2 * sum(halves) - len(values)))
+"""
 ALL = "model.named_parameters(remove_duplicate=False)"
 VAL = 'Path(hp.data_path, "fineweb_val_000000.bin").read_bytes()'
 STORED_TWICE = [
@@ -223,7 +231,7 @@ BUGS = [
             (HESSIAN, OR_NONE),
         ],
     ),
-    Bug("T11b", "verify: gptq", [(QUANTIZED, QUANTIZED.replace(", hessians", ""))]),
+    Bug("T11b", "verify: gptq", [(QUANTIZED, ROUNDED)]),
     Bug(
         "T12a",
         "verify: gptq",
@@ -242,8 +250,8 @@ BUGS = [
         "verify: gptq",
         [
             (
-                "save_artifact(hp.artifact, model, hp, quantized)",
-                "save_artifact(hp.artifact, model, hp)",
+                "gptq_quantize(W, H, bits, clip_sigmas.clamp",
+                "gptq_quantize(W, H.diagonal().diag(), bits, clip_sigmas.clamp",
             )
         ],
     ),
@@ -268,12 +276,12 @@ BUGS = [
     Bug(
         "T15",
         an_artifact_without_a_tensor_is_refused,
-        [(ITS_VALUES, ":"), (UNPACKED, RANDOM_REST + UNPACKED)],
+        [(ITS_VALUES, "fits = "), (CODER, OF_NOTHING + CODER)],
     ),
     Bug(
         "T16",
         rows_of_small_weights_keep_their_scale,
-        [(".clamp_min(2**-24)", ".clamp_min(1 / 127)")],
+        [(".clamp(2**-24, ", ".clamp(1 / 127, ")],
     ),
     # values of the embedding for the layers 9 and 10 of a model of two
     Bug(
@@ -295,7 +303,10 @@ BUGS = [
         ],
     ),
     Bug(
-        "T17b", "audit: gradients", [("smear = self.smear_lambda", "smear = 0 * self.smear_lambda")]
+        "T17b",
+        "audit: gradients",
+        [("smear = self.smear_lambda", "smear = 0 * self.smear_lambda")],
+        system="gdn_hybrid",
     ),
     Bug(
         "T18a",
@@ -312,7 +323,7 @@ BUGS = [
     Bug(
         "T18c",
         embeddings_have_eight_bits,
-        [("return hp.embed_bits,", "return hp.matrix_bits,")],
+        [("return self.hp.embed_bits if", "return self.hp.matrix_bits if")],
         system="kv_share",
     ),
     Bug(
@@ -332,13 +343,20 @@ BUGS = [
         system="kv_share",
     ),
     # aliases get a place of their own, without a Hessian; they are loaded last
-    Bug("T21a", "verify: gptq", STORED_TWICE, settings=dict(layout="G S G=0")),
+    Bug(
+        "T21a",
+        "verify: gptq",
+        STORED_TWICE,
+        settings=dict(layout="G S G=0"),
+        system="gdn_hybrid",
+    ),
     Bug("T21b", "verify: gptq", STORED_TWICE, system="kv_share"),
     Bug(
         "T22a",
         "audit: ledger",
         [(LOADED, f"{LOADED}    model.order = sorted(set(model.order))\n")],
         settings=dict(layout="A (A G)x2"),
+        system="crawler",
     ),
     Bug(
         "T22b",
@@ -356,6 +374,7 @@ BUGS = [
         "T25",
         a_fingerprint_is_of_all_that_predicts,
         [("sha256(weights + str(model.order).encode())", "sha256(weights)")],
+        system="layouts",
     ),
     Bug(
         "L13a",
@@ -365,12 +384,12 @@ BUGS = [
     Bug(
         "L13b",
         "error: damaged, .*: its values are not those of the model",
-        [("head + values,", f"head + values + {VAL},")],
+        [("+ values, quality", f"+ values + {VAL}, quality")],
     ),
     Bug(
         "L13c",
         "error: damaged, .*: its values are not those of the model",
-        [("config=config))", f"config=config, notes={VAL}.hex()))")],
+        [("counts=counts)).encode", f"counts=counts, notes={VAL}.hex())).encode")],
     ),
 ]
 

@@ -123,7 +123,7 @@ TWO_LOOPS = (RULE, RULE.replace("o, ", "_, ") + RULE)
 DECAY = "        g = -self.A_log.exp() * F.softplus("
 RESET = "        g = g.masked_fill(last(ctx.same_doc, T)[..., :1] == 0, RESET_LOG_DECAY)\n"
 AT_BOS = RESET.replace(" == 0,", ".eq(0) & (last(shift(ctx.doc, 1), T)[..., None] > 0),")
-EMBEDDED = "        x = x0 = last(self.embed("
+EMBEDDED = "        x = x0 = norm(last(self.embed("
 STATE_OF_THE_LAST_PASS = [
     (RULE, RULE.replace("state)", "self.carried)") + "        self.carried = state.detach()\n"),
     (
@@ -131,7 +131,7 @@ STATE_OF_THE_LAST_PASS = [
         "        for block in self.blocks:\n            block.mixer.carried = None\n" + EMBEDDED,
     ),
 ]
-LOOPING = dict(layout="(G)x2")
+LOOPING = dict(system="crawler", settings=dict(layout="(G)x2"))
 ROTATED = "    n = ctx.cos.shape[-1]\n"
 UNPACK = "        out, cache = out if plan.cached else (out, None)\n"
 
@@ -145,6 +145,7 @@ BUGS = [
         "R1b",
         chunks_with_a_cache_are_the_whole,
         [(RULE, RULE.replace("beta, state", "beta, None if state is None else 0 * state"))],
+        system="layouts",
     ),
     Bug(
         "R1c",
@@ -164,9 +165,9 @@ BUGS = [
     ),
     Bug("R3", "audit: gradients", [(DECAY, DECAY.replace("-self", "-0.0 * self"))]),
     Bug("R4a", "verify: future", [(RESET, ""), TWO_LOOPS]),
-    Bug("R4b", "verify: future", [(RESET, ""), *STATE_OF_THE_LAST_PASS], settings=LOOPING),
+    Bug("R4b", "verify: future", [(RESET, ""), *STATE_OF_THE_LAST_PASS], **LOOPING),
     Bug("R5a", "verify: future", [(RESET, AT_BOS), TWO_LOOPS]),
-    Bug("R5b", "verify: future", [(RESET, AT_BOS), *STATE_OF_THE_LAST_PASS], settings=LOOPING),
+    Bug("R5b", "verify: future", [(RESET, AT_BOS), *STATE_OF_THE_LAST_PASS], **LOOPING),
     Bug(
         "R6",
         the_delta_rule_is_its_token_loop,
@@ -181,6 +182,7 @@ BUGS = [
         "R8",
         chunks_with_a_cache_are_the_whole,
         [("else cache.layers[step])", "else cache.layers[i])")],
+        system="layouts",
     ),
     Bug(
         "T9a",

@@ -13,13 +13,14 @@ CACHES = {  # system, options
     "A": ("train_gpt", dict(layout="A2 S")),
     "window 1": ("train_gpt", dict(layout="S2", window_size=1)),
     "window 2": ("train_gpt", dict(layout="S G", window_size=2)),
-    "no smear": ("train_gpt", dict(layout="G2", smear_dims=0)),
-    "shared": ("train_gpt", dict(layout="G S G=0 S=1")),
-    "loop": ("train_gpt", dict(layout="A (G S)x2 A")),
+    "G alone": ("train_gpt", dict(layout="G2")),
+    "shared": ("layouts", dict(layout="G S G=0 S=1")),
+    "loop": ("layouts", dict(layout="A (G S)x2 A")),
+    "record": ("train_gpt", dict(layout="G2 S G S")),
     "kv_share": ("kv_share", dict(layout="G4")),
     "no n-grams": ("kv_share", dict(layout="G2", ngram_vocab_size=0)),
     "crawler": ("crawler", dict(layout="A (A G)x2 S")),
-    "baseline": ("baseline", dict(layout="A (S)x2 A")),
+    "baseline": ("baseline", dict(layout="A S2 A")),
     "transformer": (
         "transformer",
         dict(layout="S (A)x2 G A", parallel_start_layer=2, num_heads=4, num_kv_heads=2),
@@ -30,7 +31,7 @@ CACHES = {  # system, options
         dict(layout="G A (A)x2 G", parallel_start_layer=2, num_heads=4, num_kv_heads=2),
     ),
 }
-SOME = ["shared", "loop", "kv_share", "crawler", "transformer", "hybrid_1895"]
+SOME = ["record", "shared", "loop", "kv_share", "crawler", "transformer", "hybrid_1895"]
 
 
 def make(lively, name, **changes):

@@ -172,7 +172,7 @@ def test_another_tokenizer_of_the_same_size(machine, tmp_path):
     swapped = {i: (text, NORMAL) for i, text in zip(texts, [*texts.values()][::-1], strict=True)}
     (tmp_path / "other.model").write_bytes(edit_pieces(model, swapped))
     result = machine([*DATA, "files"], tokenizer_path=str(tmp_path / "other.model"))
-    fails(result, "validation", "other.model: encodes 3 of 4 documents")
+    fails(result, "files", "other.model: ", "3 of 4 documents are other tokens")
 
 
 def test_a_driver_that_is_too_old(machine, monkeypatch):
@@ -281,7 +281,15 @@ def test_hessians_beyond_their_reserve(machine):
 def test_an_artifact_over_the_cap(machine, monkeypatch):
     monkeypatch.setattr(train_gpt, "SIZE_LIMIT", 50_000)
     result = machine(["model", "packing", "forecast: bytes"])
-    fails(result, "forecast: bytes", "50,000", "MLP_MULT")
+    fails(result, "forecast: bytes", "50,000", "MODEL_DIM")
+
+
+def test_an_artifact_whose_steps_are_chosen(machine):
+    parts = ["model", "packing", "forecast: bytes"]
+    result = machine(parts, artifact_target_bytes=150_000)
+    assert result.rows["forecast: bytes"].startswith("ok ")
+    assert "steps are chosen for 150,000" in result.rows["forecast: bytes"]
+    fails(machine(parts, artifact_target_bytes=50_000), "forecast: bytes", "50,000", "MODEL_DIM")
 
 
 def test_what_fails_elsewhere_leaves_a_line_and_the_others(machine, monkeypatch):
@@ -467,7 +475,7 @@ def test_bytes_are_those_of_the_artifact(tmp_path, lively):
     with torch.no_grad():
         for p in model.parameters():
             p.normal_()
-    written = train_gpt.save_artifact(tmp_path / "model.ptz", model, hp)
+    written = train_gpt.save_artifact(tmp_path / "model.ptz", model, hp, toys.usual(model))
     job = check.Job(hp=hp, model=model, seconds={})
     check.packing(job)
     assert abs(job.artifact_bytes / written - 1) < 0.05

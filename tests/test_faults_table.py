@@ -27,10 +27,10 @@ PROGRAMS = {  # where the lines of each come from
     "ranks.py": ["tools/ranks.py"],
     "repack.py": ["tools/repack.py", "tools/packed.py"],
     "resumable.py": ["tools/resumable.py", "tools/packed.py"],
-    "run.sh": ["run.sh", "tools/*.sh", *LAUNCHING, "train_gpt.py"],
+    "run.sh": ["run.sh", "tools/*.sh", *LAUNCHING, "train_gpt.py", "tools/dataset.py"],
     "seeds.sh": ["tools/seeds.sh"],
     "summary.py": ["tools/summary.py", "tools/logs.py"],
-    "check.py": ["tools/check.py", "train_gpt.py"],
+    "check.py": ["tools/check.py", "train_gpt.py", "tools/dataset.py"],
 }
 FOREIGN = {  # of torch, NCCL, pip and Python
     "CUDA out of memory",

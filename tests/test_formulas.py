@@ -134,6 +134,7 @@ def slow_ngrams(table, ids):
 LENT = "k_proj.weight", "v_proj.weight", "k_conv1d", "v_conv1d"  # within a pair
 HAS = dict(  # what a system adds
     train_gpt=(),
+    layouts=(),
     pure_gdn=(),
     baseline=("skips",),
     gdn_hybrid=("n-grams",),
@@ -150,7 +151,7 @@ def slow_model(name, model, hp, blocks, order, ids):
     x = P("tok_emb.weight")[ids]
     if "n-grams" in has and hp.ngram_vocab_size:
         x = x + slow_ngrams(P("ngram.table"), ids) @ P("ngram.proj.weight").T
-    if hp.smear_dims:
+    if getattr(hp, "smear_dims", 0):
         gate = sigmoid(x[:, : hp.smear_dims] @ P("smear_gate"))
         before = torch.cat((torch.zeros_like(x[:1]), x[:-1]))
         x = x + P("smear_lambda") * gate[:, None] * before
@@ -285,29 +286,29 @@ def own(kinds):
 
 GROUPS = dict(num_heads=4, num_kv_heads=2)
 MODELS = {  # system, options, (kind, owner) of each block, order of the passes
-    "record": ("train_gpt", {}, [*own("GGSG"), ("S", 2)], [0, 1, 2, 3, 4]),
+    "record": ("train_gpt", {}, own("GGSGS"), [0, 1, 2, 3, 4]),
     "all kinds": (
-        "train_gpt",
+        "layouts",
         dict(layout="G S A G S=1", logit_softcap=2.0) | GROUPS,
         [*own("GSAG"), ("S", 1)],
         [0, 1, 2, 3, 4],
     ),
     "bare": (
         "train_gpt",
-        dict(layout="S G", smear_dims=0, xsa=False, rope_dims=0, mlp_mult=3.0, gdn_heads=3),
+        dict(layout="S G", xsa=False, rope_dims=0, mlp_mult=3.0, gdn_heads=3),
         own("SG"),
         [0, 1],
     ),
     "whole heads turned": ("train_gpt", dict(layout="S A2", rope_dims=16), own("SAA"), [0, 1, 2]),
-    "loop": ("train_gpt", dict(layout="A (G S)x2 A"), own("AGSA"), [0, 1, 2, 1, 2, 3]),
+    "loop": ("layouts", dict(layout="A (G S)x2 A"), own("AGSA"), [0, 1, 2, 1, 2, 3]),
     "loop of lent mixers": (
-        "train_gpt",
+        "layouts",
         dict(layout="A G (A=0 G=1)x2"),
         [*own("AG"), ("A", 0), ("G", 1)],
         [0, 1, 2, 3, 2, 3],
     ),
     "baseline": ("baseline", dict(layout="A4", rope_dims=16) | GROUPS, own("AAAA"), [0, 1, 2, 3]),
-    "odd passes": ("baseline", dict(layout="A (A)x2 A2"), own("AAAA"), [0, 1, 1, 2, 3]),
+    "odd passes": ("baseline", dict(layout="A5"), own("AAAAA"), [0, 1, 2, 3, 4]),
     "pure_gdn": ("pure_gdn", dict(layout="G2 S") | GROUPS, own("GGS"), [0, 1, 2]),
     "kv_share": ("kv_share", dict(layout="G4"), own("GGGG"), [0, 1, 2, 3]),
     "kv_share without n-grams": (
@@ -316,16 +317,16 @@ MODELS = {  # system, options, (kind, owner) of each block, order of the passes
         own("GG"),
         [0, 1],
     ),
-    "kv_share, looped": (
+    "kv_share without a SmearGate": (
         "kv_share",
-        dict(layout="G (G2)x2 G", smear_dims=0),
+        dict(layout="G4"),
         own("GGGG"),
-        [0, 1, 2, 1, 2, 3],
+        [0, 1, 2, 3],
     ),
     "crawler": ("crawler", dict(layout="A (A G)x2 A"), own("AAGA"), [0, 1, 2, 1, 2, 3]),
     "crawler that begins with its loop": (
         "crawler",
-        dict(layout="(G S2)x3 A", smear_dims=0) | GROUPS,
+        dict(layout="(G S2)x3 A") | GROUPS,
         own("GSSA"),
         [0, 1, 2, 0, 1, 2, 0, 1, 2, 3],
     ),

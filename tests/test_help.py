@@ -19,7 +19,7 @@ import variables  # noqa: E402
 
 MODULES = {path.stem: path.stem for path in (ROOT / "systems").glob("*.py")}
 MODULES = {"record": "train_gpt"} | {
-    k: v for k, v in MODULES.items() if k not in ("parts", "layers")
+    k: v for k, v in MODULES.items() if k not in ("parts", "layers", "layouts")
 }
 CASES = [(system, preset) for system in sorted(MODULES) for preset in ("record", "demo")]
 # of a shell, of launchers, or put into the environment by run.sh itself
@@ -90,6 +90,15 @@ def test_the_meaning_is_the_comment_and_what_the_rules_say():
     groups = {name: found[name].group for name in ("SEED", "MATRIX_LR", "TTT_LORA_LR", "TTT_LR")}
     expected = dict(SEED="run", MATRIX_LR="optimizer", TTT_LORA_LR="test-time training")
     assert groups == expected | dict(TTT_LR="only transformer")
+
+
+def test_a_rule_is_that_of_the_method_which_is_called():
+    """The transformer reads layouts in its own way; a rule that it adds to is still one."""
+    plain = "expected GSA with counts"
+    for system, has in dict(record=True, kv_share=True, transformer=False, crawler=False).items():
+        found = {v.name: v for v in variables.hyperparameters(variables.systems()[system])}
+        assert (plain in found["LAYOUT"].meaning) == has
+        assert found["EVAL_MODE"].meaning.endswith("expected sliding or stream")
 
 
 def test_a_system_that_is_new_is_read(tmp_path):

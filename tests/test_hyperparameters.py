@@ -41,9 +41,7 @@ VALID = {  # fields for which that value is impossible, or their own
     "mlp_mult": "2.25",
     "rope_base": "500.5",
     "logit_softcap": "15.5",
-    "matrix_clip_sigmas": "9.75",
-    "embed_clip_sigmas": "15.25",
-    "mlp_clip_sigmas": "9.25",
+    "rounding_step": "0.125",
     "eval_seq_len": "99",
     "max_wallclock_seconds": "99.5",
     "embed_bits": "5",
@@ -218,8 +216,8 @@ def test_a_value_of_another_type_names_itself(name, value):
 POSITIVE = set(
     "VOCAB_SIZE TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN MLP_MULT GDN_HEADS "
     "NUM_HEADS NUM_KV_HEADS WINDOW_SIZE ROPE_BASE LOGIT_SOFTCAP ITERATIONS "
-    "EVAL_STRIDE VAL_BATCH_SIZE MATRIX_CLIP_SIGMAS EMBED_CLIP_SIGMAS GPTQ_CALIBRATION_BATCHES "
-    "MUON_BACKEND_STEPS MLP_CLIP_SIGMAS EVAL_CHUNK EVAL_ROWS TTT_EPOCHS TTT_CHUNK_TOKENS "
+    "EVAL_STRIDE VAL_BATCH_SIZE GPTQ_CALIBRATION_BATCHES "
+    "MUON_BACKEND_STEPS EVAL_CHUNK EVAL_ROWS TTT_EPOCHS TTT_CHUNK_TOKENS "
     "TTT_LORA_RANK TRAIN_LOG_EVERY ATTN_GATE_DIMS GDN_KEY_HEADS".split()
 )
 # a row of one value has no deviation
@@ -249,6 +247,10 @@ def out_of_bounds(system: str):
             bad = dict.fromkeys(("-1", str(10**18 + 1), str(2**64)), "0 to 1e+18")
         elif name == "CONV_SIZE":
             bad = dict.fromkeys(("-1", "0", "5"), "1 to 4")
+        elif name == "ARTIFACT_TARGET_BYTES":
+            bad = dict.fromkeys(("-1", "16000001"), "0 to 1.6e+07")
+        elif name == "ROUNDING_STEP":
+            bad = dict.fromkeys(("-1", "0", "0.0000009"), "1e-06 or more")
         elif name in TWO:
             bad = dict.fromkeys(("-1", "0", "1"), "2 or more")
         elif name in POSITIVE:
@@ -278,7 +280,7 @@ def test_all_that_is_wrong_is_told_at_once():
     for env in (
         dict(SEED="x", MATRIX_LR="y", XSA="2"),
         dict(SEED="-1", MATRIX_LR="inf", MODEL_DIM="1"),
-        dict(EVAL_MODE="x", ROPE_DIMS="3", SMEAR_DIMS="999", SCORES="a"),
+        dict(EVAL_MODE="x", ROPE_DIMS="3", EVAL_STRIDE="9999", SCORES="a"),
         dict(SEED="x", MATRIX_LR="inf", BETA1="2"),
         dict(SEED="x", EVAL_MODE="x", NUM_KV_HEADS="3"),
     ):
@@ -298,25 +300,29 @@ IMPOSSIBLE = [  # system, environment, the variable to blame, what else the mess
     ("record", dict(NUM_KV_HEADS="16"), "NUM_KV_HEADS", "to divide"),
     ("record", dict(ROPE_DIMS="15"), "ROPE_DIMS", "HEAD_DIM"),
     ("record", dict(ROPE_DIMS="66"), "ROPE_DIMS", "HEAD_DIM"),
-    ("record", dict(SMEAR_DIMS="513"), "SMEAR_DIMS", "MODEL_DIM"),
+    ("transformer", dict(SMEAR_DIMS="513"), "SMEAR_DIMS", "MODEL_DIM"),
     ("record", dict(EVAL_STRIDE="2049"), "EVAL_STRIDE", "EVAL_SEQ_LEN"),
     ("record", dict(GPTQ_RESERVE_SECONDS="600"), "GPTQ_RESERVE_SECONDS", "less than MAX_WALL"),
     ("record", dict(MAX_WALLCLOCK_SECONDS="5"), "GPTQ_RESERVE_SECONDS", "less than MAX_WALL"),
-    ("record", dict(LAYOUT=""), "LAYOUT", "block"),
-    ("record", dict(LAYOUT="G5 X S"), "LAYOUT", "'X'"),
-    ("record", dict(LAYOUT="g"), "LAYOUT", "'g'"),
-    ("record", dict(LAYOUT="G0"), "LAYOUT", "'G0'"),
-    ("record", dict(LAYOUT="x2"), "LAYOUT", "'x2'"),
-    ("record", dict(LAYOUT="G G~0"), "LAYOUT", "'G~0'"),
-    ("record", dict(LAYOUT="S (G=1)x2"), "LAYOUT", "'G=1'"),
-    ("record", dict(LAYOUT="G (S)x1"), "LAYOUT", "(blocks)x2"),
-    ("record", dict(LAYOUT="G (S)x2 (S)x2"), "LAYOUT", "at most one group"),
-    ("record", dict(LAYOUT="G2,S"), "LAYOUT", "'G2,S'"),
-    ("record", dict(LAYOUT="G S="), "LAYOUT", "'S='"),
-    ("record", dict(LAYOUT="G S=0"), "LAYOUT", "'S=0'"),
-    ("record", dict(LAYOUT="S S=1"), "LAYOUT", "'S=1'"),
-    ("record", dict(LAYOUT="S S=7"), "LAYOUT", "'S=7'"),
-    ("record", dict(LAYOUT="S S=0 S=1"), "LAYOUT", "'S=1'"),
+    *(
+        ("record", dict(LAYOUT=layout), "LAYOUT", "GSA with counts, such as G3 S")
+        for layout in ("", "G5 X S", "g", "G0", "x2", "G2,S", "S S=0", "G S=", "G (S)x2")
+    ),
+    ("gdn_hybrid", dict(LAYOUT=""), "LAYOUT", "block"),
+    ("gdn_hybrid", dict(LAYOUT="G5 X S"), "LAYOUT", "'X'"),
+    ("gdn_hybrid", dict(LAYOUT="g"), "LAYOUT", "'g'"),
+    ("gdn_hybrid", dict(LAYOUT="G0"), "LAYOUT", "'G0'"),
+    ("gdn_hybrid", dict(LAYOUT="x2"), "LAYOUT", "'x2'"),
+    ("gdn_hybrid", dict(LAYOUT="G G~0"), "LAYOUT", "'G~0'"),
+    ("gdn_hybrid", dict(LAYOUT="S (G=1)x2"), "LAYOUT", "'G=1'"),
+    ("gdn_hybrid", dict(LAYOUT="G (S)x1"), "LAYOUT", "(blocks)x2"),
+    ("gdn_hybrid", dict(LAYOUT="G (S)x2 (S)x2"), "LAYOUT", "at most one group"),
+    ("gdn_hybrid", dict(LAYOUT="G2,S"), "LAYOUT", "'G2,S'"),
+    ("gdn_hybrid", dict(LAYOUT="G S="), "LAYOUT", "'S='"),
+    ("gdn_hybrid", dict(LAYOUT="G S=0"), "LAYOUT", "'S=0'"),
+    ("gdn_hybrid", dict(LAYOUT="S S=1"), "LAYOUT", "'S=1'"),
+    ("gdn_hybrid", dict(LAYOUT="S S=7"), "LAYOUT", "'S=7'"),
+    ("gdn_hybrid", dict(LAYOUT="S S=0 S=1"), "LAYOUT", "'S=1'"),
     ("kv_share", dict(TTT="lora"), "TTT", "sgd"),
     ("kv_share", dict(LAYOUT="G5"), "LAYOUT", "an even number of blocks G"),
     ("kv_share", dict(LAYOUT="G2 S2"), "LAYOUT", "an even number of blocks G"),
@@ -365,8 +371,8 @@ def test_an_impossible_value_names_itself(system, env, name, expected):
         ("record", dict(NUM_KV_HEADS="1")),
         ("record", dict(ROPE_DIMS="0")),
         ("record", dict(ROPE_DIMS="64")),
-        ("record", dict(SMEAR_DIMS="0")),
-        ("record", dict(SMEAR_DIMS="512")),
+        ("gdn_hybrid", dict(SMEAR_DIMS="0")),
+        ("gdn_hybrid", dict(SMEAR_DIMS="512")),
         ("record", dict(MATRIX_BITS="2")),
         ("record", dict(MATRIX_BITS="8")),
         ("record", dict(EMA_DECAY="0")),
@@ -376,7 +382,9 @@ def test_an_impossible_value_names_itself(system, env, name, expected):
         ("record", dict(MAX_WALLCLOCK_SECONDS="0")),
         ("record", dict(MAX_WALLCLOCK_SECONDS="0", GPTQ_RESERVE_SECONDS="99")),
         ("record", dict(EVAL_SECONDS="0")),
-        ("record", dict(LAYOUT="(A)x2")),
+        ("record", dict(LAYOUT="A")),
+        ("gdn_hybrid", dict(LAYOUT="(A)x2")),
+        ("gdn_hybrid", dict(LAYOUT="S S=0")),
         ("kv_share", dict(NGRAM_VOCAB_SIZE="0")),
         ("kv_share", dict(NGRAM_VOCAB_SIZE="2")),
         ("kv_share", dict(LAYOUT="G2")),

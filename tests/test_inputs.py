@@ -323,9 +323,25 @@ def test_another_tokenizer_of_the_same_size_is_refused(trained, name, eval_only)
     assert load(other).vocab_size() == int(PLACE["VOCAB_SIZE"])
     scoring = dict(tokenizer_path="other.model", eval_only=eval_only)
     refused(trained, "other.model", **scoring)
-    (trained / STATS).unlink()
-    expected = "TOKENIZER_PATH=other.model: encodes [24] of 4 documents of data as other"
-    refused(trained, expected, **scoring)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_tokenizer_of_shards_that_nothing_describes_is_told_before_a_run(folder, name):
+    """By tools/dataset.py, which ./run.sh calls."""
+    (folder / "other.model").write_bytes(OTHERS[name]())
+    assert dataset_tool(folder, "other.model").returncode == 0  # sha256 are compared by the run
+    (folder / STATS).unlink()
+    told = dataset_tool(folder, "other.model")
+    expected = r"run.sh: TOKENIZER_PATH=other.model: data: [34] of 4 documents are other .*\n"
+    assert told.returncode == 1 and re.fullmatch(expected, told.stderr), told
+    assert dataset_tool(folder, TOKENIZER).returncode == 0
+    (folder / "other.model").unlink()
+    assert "other.model: no such file" in dataset_tool(folder, "other.model").stderr
+
+
+def dataset_tool(folder, tokenizer: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "tools" / "dataset.py", "data", tokenizer]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("eval_only", [0, 1])
@@ -838,7 +854,7 @@ def test_an_artifact_that_may_not_be_read_is_one_line(open_to_all):
         (dict(vocab_size=383), "TOKENIZER_PATH: 384 pieces.*expected VOCAB_SIZE=383"),
         (dict(train_batch_tokens=100), "TRAIN_BATCH_TOKENS=100: expected a multiple of "),
         (dict(preset="dmeo"), "PRESET='dmeo': no file .*record.dmeo.json"),
-        (dict(layout="G X"), r"LAYOUT='G X': 'X' is not KIND\[COUNT\]\[=BLOCK\]"),
+        (dict(layout="G X"), "LAYOUT='G X': expected GSA with counts, such as G3 S"),
     ],
     ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "",
 )

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+import toys
 from conftest import ROOT
 from corpus import write_corpus
 from test_resumable import as_before
@@ -66,7 +67,7 @@ def test_every_parameter_of_a_candidate_learns(candidate, lively):
 
 def test_shared_keys_are_keys_repeated(lively):
     grouped = model_of("G5 S G5 S=5 + grouped heads", lively)
-    hp = variants.Hyperparameters(**SHAPE | dict(gdn_heads=2))
+    hp = variants.Hyperparameters(**SHAPE | ladder.SHARED | dict(gdn_heads=2))
     plain, state = variants.GPT(hp), grouped.state_dict()
     for name, value in state.items():
         if ".mixer.q_" in name or ".mixer.k_" in name:
@@ -104,13 +105,13 @@ def test_candidates_have_equal_bytes(candidate):
 
 
 def test_bytes_are_those_of_the_artifact(tmp_path):
-    """Of weights that are normal: brotli needs a little more than the entropy."""
+    """Of weights that are normal: shares and settings are a little more than the entropy."""
     hp = ladder.toy_of("G2 S8 G, grouped")
     model = variants.GPT(hp)
     with torch.no_grad():
         for p in model.parameters():
             p.normal_()
-    size = t.save_artifact(tmp_path / "toy.ptz", model, hp)
+    size = t.save_artifact(tmp_path / "toy.ptz", model, hp, toys.usual(model))
     assert 0.99 < size / ladder.target_bytes() < 1.03
 
 
@@ -124,8 +125,11 @@ def test_what_has_no_room_is_refused(monkeypatch):
 def test_a_run_gets_the_settings_of_its_candidate(candidate):
     run, module = ladder.Run(candidate, 614_400, 7), ladder.module_of(candidate)
     found = asdict(module.Hyperparameters.from_env(ladder.settings_of(run)))
+    code = found.pop("artifact_target_bytes") - round(ladder.target_bytes())  # all have as much
+    assert code == sum(path.stat().st_size for path in t.code_files())
     of_the_run = dict(run_id=run.name(), artifact=f"{run.name()}.ptz", seed=7, iterations=150)
-    assert found == asdict(ladder.toy_of(candidate)) | of_the_run
+    wanted = asdict(ladder.toy_of(candidate)) | of_the_run
+    assert found == {key: wanted[key] for key in found} and len(wanted) == len(found) + 1
 
 
 def test_no_two_candidates_share_files():
@@ -201,8 +205,8 @@ def test_a_run_trains_and_its_result_can_be_read(tmp_path, monkeypatch):
 # At full size
 
 
-def test_at_full_size_the_reference_is_the_record():
-    hp, record = forecast.full_of("G5 S G5 S=5"), t.Hyperparameters(run_id="run")
+def test_at_full_size_the_candidate_of_its_layout_is_the_record():
+    hp, record = forecast.full_of("G3 S x3"), t.Hyperparameters(run_id="run")
     known = asdict(record) | dict(mlp_mult=hp.mlp_mult, run_id=hp.run_id)
     assert {name: asdict(hp)[name] for name in known} == known
     assert 2.5 < hp.mlp_mult < 3  # the record leaves bytes unused

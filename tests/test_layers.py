@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from streams import count_documents
-from toys import in_float64, random_ids, tiny_of
+from toys import STEP, clipped, in_float64, random_ids, rounded, tiny_of
 
 import train_gpt
 
@@ -138,23 +138,23 @@ def test_hadamard_matrices(n):
 
 def test_bits_of_frequent_tokens_and_of_outputs_of_attention(lively):
     """At calibration the commonest inputs become the frequent ones; of equals the first."""
-    hp = tiny_of("hybrid_1895", **SMALL, frequent_tokens=3, embed_clip_sigmas=1.0)
-    hp.matrix_clip_sigmas = hp.mlp_clip_sigmas = 1.5
+    hp = tiny_of("hybrid_1895", **SMALL, frequent_tokens=3)
     model = lively(hybrid_1895.GPT(hp))
-    assert model.precision("tok_emb.weight")[0].tolist() == [8, 8, 8] + 61 * [7]
+    assert model.bits("tok_emb.weight").tolist() == [8, 8, 8] + 61 * [7]
     hessians = model.calibrate(batches_of(hp, [[5, 9, 9, 9]], [[7, 5, 9, 8]]))
     assert hp.is_frequent().nonzero().flatten().tolist() == [5, 7, 9]
     bits = [8 if token in (5, 7, 9) else 7 for token in range(64)]
-    assert model.precision("tok_emb.weight")[0].tolist() == bits
-    for quantized in train_gpt.quantize(model, hessians), train_gpt.quantize(model):
-        q, scale = quantized["tok_emb.weight"]
-        assert q.abs().amax(1).tolist() == [2 ** (b - 1) - 1 for b in bits]
-        expected = model.tok_emb.weight.std(1) / (2.0 ** (torch.tensor(bits) - 1) - 1)
-        torch.testing.assert_close(scale.float(), expected, rtol=1e-3, atol=0)
-        largest = {name: q.abs().max().item() for name, (q, _) in quantized.items()}
-        outputs = {name for name, value in largest.items() if value == 63}
-        assert outputs == {f"blocks.{i}.mixer.o_proj.weight" for i in (1, 2)}
-        assert {x for name, x in largest.items() if ".mixer" in name} == {31, 63}
+    assert model.bits("tok_emb.weight").tolist() == bits
+    quantized, table = clipped(model, 1.0), model.tok_emb.weight
+    assert quantized["tok_emb.weight"][0].abs().amax(1).tolist() == [2 ** (b - 1) - 1 for b in bits]
+    largest = {name: q.abs().max().item() for name, (q, _) in quantized.items()}
+    outputs = {name for name, value in largest.items() if value == 63}
+    assert outputs == {f"blocks.{i}.mixer.o_proj.weight" for i in (1, 2)}
+    assert {x for name, x in largest.items() if ".mixer" in name} == {31, 63}
+    for quantized in train_gpt.quantize(model, hessians, 1e-6), rounded(model, 1e-6):
+        steps = quantized["tok_emb.weight"][1].float()  # at the least clip width
+        expected = 6 * table.std(1) / (2.0 ** (torch.tensor(bits) - 1) - 1)
+        torch.testing.assert_close(steps, expected, rtol=1e-3, atol=0)
 
 
 def test_what_is_frequent_is_kept_with_the_artifact(lively, tmp_path):
@@ -163,7 +163,7 @@ def test_what_is_frequent_is_kept_with_the_artifact(lively, tmp_path):
     hp = tiny_of("hybrid_1895", **SMALL, frequent_tokens=3)
     model = lively(hybrid_1895.GPT(hp))
     hessians = model.calibrate(batches_of(hp, [[5, 9, 9, 9]], [[7, 5, 9, 8]]))
-    quantized = train_gpt.quantize(model, hessians)
+    quantized = train_gpt.quantize(model, hessians, STEP)
     train_gpt.save_artifact(tmp_path / "model.ptz", model, hp, quantized)
     loaded, found = train_gpt.load_artifact(
         tmp_path / "model.ptz", "cpu", hybrid_1895.Hyperparameters, hybrid_1895.GPT
@@ -173,5 +173,5 @@ def test_what_is_frequent_is_kept_with_the_artifact(lively, tmp_path):
     config = torch.load(tmp_path / "state.pt", weights_only=True)["config"]
     again = hybrid_1895.GPT(hybrid_1895.Hyperparameters(**config))
     again.load_state_dict(model.state_dict())
-    repacked = train_gpt.quantize(again, hessians)
+    repacked = train_gpt.quantize(again, hessians, STEP)
     assert all(torch.equal(q, repacked[name][0]) for name, (q, _) in quantized.items())

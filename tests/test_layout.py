@@ -1,10 +1,16 @@
-"""LAYOUT: what a text means, and that any other text is refused by name."""
+"""LAYOUT: what a text means, and that any other text is refused by name; by systems/layouts.py,
+which reads shared mixers and a loop, and by the record, which reads kinds with counts."""
+
+import re
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import Hyperparameters, parse_layout
 
-from train_gpt import Hyperparameters, parse_layout
+import train_gpt
+from train_gpt import Refused
 
 
 def own(kinds, first=0):
@@ -65,8 +71,11 @@ def test_a_kind_that_the_system_has_not_is_refused_by_name():
             parse_layout(layout, "GA")
 
 
+ANY_TEXT = st.text("GSAgs=~()x01239 ", max_size=14) | st.text(max_size=8)
+
+
 @settings(max_examples=400, deadline=None)
-@given(st.text("GSAgs=~()x01239 ", max_size=14) | st.text(max_size=8))
+@given(ANY_TEXT)
 def test_any_text_is_a_layout_or_refused_by_name(text):
     try:
         blocks, order = parse_layout(text)
@@ -105,3 +114,68 @@ def written_layouts(draw):
 def test_a_layout_means_what_it_was_written_for(written):
     text, blocks, order = written
     assert parse_layout(text) == (blocks, order)
+
+
+# ---- the record's, which are plain
+
+PLAIN = {layout: kinds for layout, (kinds, _) in LAYOUTS.items() if not {*"=("} & {*layout}}
+
+
+def kinds_of(layout: str, hp_class=train_gpt.Hyperparameters) -> str:
+    return "".join(hp_class(layout=layout).block_kinds())
+
+
+@pytest.mark.parametrize("layout", PLAIN)
+def test_a_plain_layout_is_its_blocks(layout):
+    assert kinds_of(layout) == "".join(kind for kind, _ in PLAIN[layout])
+    assert train_gpt.Hyperparameters.from_env(dict(PRESET="demo", LAYOUT=layout)).layout == layout
+
+
+def test_the_layout_of_the_record_and_of_the_demo():
+    assert kinds_of("G3 S G3 S G3 S") == 3 * "GGGS"
+    assert train_gpt.Hyperparameters().layout == "G3 S G3 S G3 S"
+    assert train_gpt.Hyperparameters.from_env(dict(PRESET="demo")).layout == "G2 S G2 S"
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [*sorted(LAYOUTS.keys() - PLAIN.keys()), *BAD.replace("\n", "").split("|"), "G" + "1" * 5000],
+)
+def test_what_is_not_plain_is_refused_by_name(layout):
+    said = f"^LAYOUT={re.escape(repr(layout))}: expected GSA with counts, such as G3 S$"
+    with pytest.raises(Refused, match=said):
+        kinds_of(layout)
+    with pytest.raises(Refused, match=said):
+        train_gpt.Hyperparameters.from_env(dict(PRESET="demo", LAYOUT=layout))
+
+
+def test_kinds_are_those_that_a_class_names():
+    class Two(train_gpt.Hyperparameters):
+        kinds = "GC"
+
+    assert kinds_of("G2 C3 G", Two) == "GGCCCG"
+    for layout in ("S", "G S", "A2"):
+        with pytest.raises(Refused, match="^LAYOUT=.*: expected GC with counts"):
+            kinds_of(layout, Two)
+
+
+@settings(max_examples=400, deadline=None)
+@given(ANY_TEXT | st.text("GSA0129 ", max_size=12))
+def test_any_text_is_plain_or_refused_and_where_it_is_plain_both_agree(text):
+    richer = None
+    with suppress(Refused):
+        richer = parse_layout(text)
+    try:
+        kinds = kinds_of(text)
+    except Refused as error:
+        assert str(error).startswith(f"LAYOUT={text!r}: expected GSA with counts")
+        assert richer is None or {*"=("} & {*text}
+        return
+    assert richer == (own(kinds), [*range(len(kinds))])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("GSA"), st.integers(1, 99)), min_size=1, max_size=6))
+def test_a_plain_layout_means_what_it_was_written_for(parts):
+    text = " ".join(f"{kind}{count}" for kind, count in parts)
+    assert kinds_of(text) == "".join(kind * count for kind, count in parts)

@@ -17,12 +17,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toys import documents, in_float64, other, random_ids
+from toys import documents, in_float64, of_layout, other, random_ids
 
 import train_gpt
 from train_gpt import BOS_ID, GPT, Muon, make_context
 
-LAYOUTS = ["G", "S", "A", "G S G S=1", "G2 S G S=2", "S (A G)x2"]
+LAYOUTS = ["G", "S", "A", "G2 S G S", "G S G S=1", "G2 S G S=2", "S (A G)x2"]
 
 
 # ---- causality, documents, reach
@@ -30,9 +30,9 @@ LAYOUTS = ["G", "S", "A", "G S G S=1", "G2 S G S=2", "S (A G)x2"]
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_logits_depend_on_no_later_token(tiny, lively, layout):
-    hp = tiny(layout=layout)
-    model = lively(GPT(hp))
+def test_logits_depend_on_no_later_token(lively, layout):
+    hp, model = of_layout(layout)
+    lively(model)
     ids = random_ids(hp, T=80, starts=(0, 45))
     logits = model(ids)
     for k in (1, 2, 15, 16, 17, 31, 32, 33, 44, 45, 46, 63, 64, 79):
@@ -48,19 +48,20 @@ def test_logits_depend_on_no_later_token(tiny, lively, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_later_tokens_need_not_be_there(tiny, lively, monkeypatch, layout):
+def test_later_tokens_need_not_be_there(lively, monkeypatch, layout):
     """In float64: sums of other lengths round otherwise."""
-    hp = tiny(layout=layout)
-    model = in_float64(monkeypatch, lively(GPT(hp)))
+    hp, model = of_layout(layout)
+    in_float64(monkeypatch, lively(model))
     ids = random_ids(hp, T=80, starts=(0, 45))
     logits = model(ids)
     for k in (1, 2, 3, 33, 46, 64, 79):
         torch.testing.assert_close(model(ids[:, :k]), logits[:, :k], atol=1e-9, rtol=0)
 
 
-def test_gradients_reach_no_later_embedding(tiny, lively):
-    hp = tiny(layout="G S A G S=1")
-    model, seen = lively(GPT(hp)), []
+def test_gradients_reach_no_later_embedding(lively):
+    hp, model = of_layout("G S A G S=1")
+    lively(model)
+    seen = []
     model.tok_emb.register_forward_hook(lambda _, args, x: (x.retain_grad(), seen.append(x))[0])
     ids = random_ids(hp, T=64, starts=(0,))
     for t in (0, 31, 32, 63):
@@ -72,10 +73,10 @@ def test_gradients_reach_no_later_embedding(tiny, lively):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_documents_do_not_see_each_other(tiny, lively, layout):
+def test_documents_do_not_see_each_other(lively, layout):
     """All tokens of one, its last ones too: by state, convolutions, attention and SmearGate."""
-    hp = tiny(layout=layout)
-    model = lively(GPT(hp))
+    hp, model = of_layout(layout)
+    lively(model)
     ids = random_ids(hp, B=1, T=80, starts=(0, 20, 21, 29, 50))
     ranges = documents(ids[0])
     changes = [(start, end, range(start + 1, end)) for start, end in ranges]  # all of a document
@@ -120,7 +121,7 @@ def test_the_last_token_hears_the_first(tiny, lively, layout):
     """Through the mixer alone, farther than convolution and window reach: no SmearGate, heads that
     forget as slowly as a head may start, attention that is not sharp. A change of 1e-3 is 500
     roundings of a logit; heads that forget fast would leave less than one."""
-    hp = tiny(layout=layout, smear_dims=0, qk_gain_init=1.0)
+    hp = tiny(layout=layout, qk_gain_init=1.0)
     model = lively(GPT(hp))
     for mixer in (block.mixer for block in model.blocks):
         if isinstance(mixer, train_gpt.GatedDeltaNet):
@@ -138,7 +139,7 @@ def test_windows_reach_exactly_layers_times_window_minus_1(
     tiny, lively, monkeypatch, layers, window
 ):
     """In float64: the farthest token is heard faintly, and must not be rounded away."""
-    hp = tiny(layout=f"S{layers}", window_size=window, smear_dims=0, xsa=False, qk_gain_init=1.0)
+    hp = tiny(layout=f"S{layers}", window_size=window, xsa=False, qk_gain_init=1.0)
     model = in_float64(monkeypatch, lively(GPT(hp)))
     ids = random_ids(hp, T=64, starts=(0,))
     for j in (5, 30):
@@ -155,10 +156,10 @@ def test_windows_reach_exactly_layers_times_window_minus_1(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_a_document_scores_the_same_at_any_place(tiny, lively, monkeypatch, layout):
+def test_a_document_scores_the_same_at_any_place(lively, monkeypatch, layout):
     """In float64: angles of other positions round otherwise."""
-    hp = tiny(layout=layout)
-    model = in_float64(monkeypatch, lively(GPT(hp)))
+    hp, model = of_layout(layout)
+    in_float64(monkeypatch, lively(model))
     document = random_ids(hp, B=1, T=40, starts=(0,))
     alone = model(document)
     for offset in (1, 7, 31, 32, 100):
@@ -171,7 +172,7 @@ def test_a_document_scores_the_same_at_any_place(tiny, lively, monkeypatch, layo
 def test_attention_hears_the_order_of_tokens_by_rotary_alone(
     tiny, lively, monkeypatch, rope_dims, heard
 ):
-    hp = tiny(layout="A", rope_dims=rope_dims, smear_dims=0)
+    hp = tiny(layout="A", rope_dims=rope_dims)
     model = in_float64(monkeypatch, lively(GPT(hp)))
     ids = random_ids(hp, T=64, starts=(0,))
     swapped = ids.clone()
@@ -202,12 +203,11 @@ def test_rotary_turns_each_pair_by_position_times_its_frequency(tiny, monkeypatc
 @torch.no_grad()
 def test_a_group_that_loops_is_its_blocks_written_out(tiny, lively):
     """A loop is the same weights again: two passes are two blocks with equal weights."""
-    looped = lively(GPT(tiny(layout="S (A G)x2 S")))
+    looped = lively(of_layout("S (A G)x2 S")[1])
     flat, blocks = GPT(tiny(layout="S A G A G S")), looped.blocks
     for block, i in zip(flat.blocks, [0, 1, 2, 1, 2, 3], strict=True):
         block.load_state_dict(blocks[i].state_dict())
-    for name in ("tok_emb.weight", "smear_gate", "smear_lambda"):
-        flat.get_parameter(name).copy_(looped.get_parameter(name))
+    flat.tok_emb.weight.copy_(looped.tok_emb.weight)
     ids = random_ids(looped.hp, starts=(0, 20))
     assert torch.equal(looped(ids), flat(ids))
 
@@ -227,7 +227,7 @@ def test_every_parameter_starts_as_stated(tiny):
         claimed.update(found)
         return found.values()
 
-    for p in all_of("o_proj.weight", "down_proj.weight", "smear_gate", "smear_lambda"):
+    for p in all_of("o_proj.weight", "down_proj.weight"):
         assert (p == 0).all()
     for p in all_of(*(f"{name}_proj.weight" for name in ("q", "k", "v", "g", "up"))):
         tall = p if p.shape[0] >= p.shape[1] else p.T
@@ -277,8 +277,8 @@ def test_two_models_of_a_seed_are_equal(tiny):
     assert not all(torch.equal(models[0][k], models[2][k]) for k in models[0])
 
 
-def test_shared_mixers_are_the_same_parameters_listed_once(tiny):
-    shared, single = GPT(tiny(layout="G S G S2=1")), GPT(tiny(layout="G S G"))
+def test_shared_mixers_are_the_same_parameters_listed_once():
+    shared, single = (of_layout(layout)[1] for layout in ("G S G S2=1", "G S G"))
     assert shared.blocks[4].mixer is shared.blocks[3].mixer is shared.blocks[1].mixer
     assert shared.blocks[0].mixer is not shared.blocks[2].mixer
     assert shared.blocks[3].mlp is not shared.blocks[1].mlp
@@ -295,11 +295,10 @@ def test_shared_mixers_are_the_same_parameters_listed_once(tiny):
     assert sizes[1] == sizes[0] + 2 * per_block
 
 
-@pytest.mark.parametrize("layout", ["G2 S G S=2", "A S G", "A (G S)x2"])
-def test_every_parameter_learns_within_two_steps(tiny, layout):
+@pytest.mark.parametrize("layout", ["G2 S G S=2", "G2 S G S", "A S G", "A (G S)x2"])
+def test_every_parameter_learns_within_two_steps(layout):
     """From the true start, where some weights are zero: no path is dead, its factors all zero."""
-    hp = tiny(layout=layout)
-    model = GPT(hp)
+    hp, model = of_layout(layout)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer, reached = Muon(model, hp), set()
     for _ in range(2):

@@ -11,7 +11,7 @@ MODULES = [importlib.import_module(path.stem) for path in sorted(HERE.glob("test
 BUGS = [bug for module in MODULES for bug in module.BUGS]
 IMPOSSIBLE = {
     "L24": "a run has one seed, set once, and nothing in the counted files compares runs",
-    "L25": "no program is started but nvidia-smi: brotli is a library called in the process",
+    "L25": "no program is started but nvidia-smi: what packs is libraries called in the process",
 }
 
 

@@ -183,7 +183,7 @@ def test_a_hundred_steps_of_decay_alone(lively, name, layout):
 
 
 OWNED = [
-    ("train_gpt", dict(layout="G2 S G S=2")),
+    ("layouts", dict(layout="G2 S G S=2")),
     ("train_gpt", dict(layout="A S")),
     *((name, {}) for name in SYSTEMS),
     ("kv_share", dict(layout="G2", ngram_vocab_size=0)),
@@ -259,7 +259,7 @@ def run_worker(tmp_path, name, hp, processes):
     return [torch.load(tmp_path / f"{processes}.{rank}.pt") for rank in range(processes)]
 
 
-@pytest.mark.parametrize("name, layout", [("train_gpt", "G S S=1"), ("crawler", "A (A G)x2 A")])
+@pytest.mark.parametrize("name, layout", [("layouts", "G S S=1"), ("crawler", "A (A G)x2 A")])
 def test_two_ranks_equal_one(tmp_path, name, layout):
     """Each rank on its half of the batch; stacks of odd and even size, and of one matrix."""
     hp = toy(name, layout=layout, num_heads=2, num_kv_heads=1, grad_clip_norm=0.3)
@@ -274,7 +274,7 @@ def test_two_ranks_equal_one(tmp_path, name, layout):
         assert rank["reached"] == alone["reached"] == len(alone["weights"])
     sizes = {len(stack) for stack in Muon(system(name).GPT(hp), hp).stacks.values()}
     assert {size % 2 for size in sizes} == {0, 1} and max(sizes - {1}) > 2
-    assert name == "train_gpt" or 1 in sizes
+    assert name == "layouts" or 1 in sizes
 
 
 def test_a_parameter_is_reached_by_its_first_gradient(tiny):

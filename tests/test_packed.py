@@ -7,13 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from in_process import planted, train
-from toys import SYSTEMS, random_ids, system, toy
+from toys import STEP, SYSTEMS, random_ids, rounded, save_rounded, system, toy
 
 import train_gpt
 
@@ -28,7 +28,7 @@ def trained(path, name, lively):
     model = lively(system(name).GPT(hp))
     batches = [(random_ids(hp, B=8, T=64, starts=(0,)), None)]
     hessians = model.calibrate(batches)
-    quantized = train_gpt.quantize(model, hessians)
+    quantized = train_gpt.quantize(model, hessians, STEP)
     train_gpt.save_artifact(path, model, hp, quantized)
     state = dict(system=hp.system, config=asdict(hp), hessians=hessians, figures={}, checks={})
     state |= dict(weights=dict(model.named_parameters()))
@@ -66,12 +66,12 @@ def test_what_gptq_gained_is_checked(tmp_path, lively):
     files = path, Path(f"{path}.trained.pt")
     passed, text = packed.check_gptq(*files)
     assert passed and float(re.search(r"error (0\.\d+) of", text)[1]) < 1, text
-    train_gpt.save_artifact(path, model, model.hp)  # rounded to nearest
+    save_rounded(path, model, model.hp)  # rounded to nearest
     passed, text = packed.check_gptq(*files)
     assert not passed and "no better: " in text
     one = dict(
         quantized,
-        **{"blocks.0.mlp.up_proj.weight": train_gpt.quantize(model)["blocks.0.mlp.up_proj.weight"]},
+        **{"blocks.0.mlp.up_proj.weight": rounded(model)["blocks.0.mlp.up_proj.weight"]},
     )
     train_gpt.save_artifact(path, model, model.hp, one)
     passed, text = packed.check_gptq(*files)
@@ -91,9 +91,9 @@ def test_a_state_of_another_model_or_none_is_an_error_with_its_name(tmp_path, li
     torch.save(state | dict(weights={}), tmp_path / "c.pt")
     with pytest.raises(ValueError, match=r"c\.pt: damaged, or .*: Hessians of tensors"):
         packed.read_state(tmp_path / "c.pt")
-    state["weights"]["smear_lambda"].data.add_(1e-3)
+    state["weights"]["blocks.0.mixer.A_log"].data.add_(0.1)
     with pytest.raises(
-        ValueError, match=r"a\.ptz: another smear_lambda than was trained: they are"
+        ValueError, match=r"a\.ptz: another blocks\.0\.mixer\.A_log than was trained: they are"
     ):
         packed.read_packed(tmp_path / "a.ptz", state)
 
@@ -206,6 +206,38 @@ def test_a_run_that_died_while_it_packed_goes_on(tmp_path, name, settings, optio
         assert new[name] == old[name], name
 
 
+def test_variables_of_packing_are_read_again():
+    hp = toy("train_gpt", artifact_target_bytes=0, model_dim=48)
+    env = dict(ARTIFACT_TARGET_BYTES="150000", EMBED_BITS="5", ROUNDING_STEP="0.125")
+    found = repack.with_packing_of(env | dict(MODEL_DIM="64", PRESET="demo"), hp)
+    assert (found.artifact_target_bytes, found.embed_bits) == (150_000, 5)
+    assert found.rounding_step == 0.125
+    own = dict(artifact_target_bytes=0, embed_bits=hp.embed_bits, rounding_step=hp.rounding_step)
+    assert replace(found, **own) == hp
+    with pytest.raises(ValueError, match="^ARTIFACT_TARGET_BYTES='all': expected int$"):
+        repack.with_packing_of(dict(ARTIFACT_TARGET_BYTES="all"), hp)
+
+
+def test_groups_add_up_their_tensors(tmp_path, lively, capsys):
+    path = tmp_path / "a.ptz"
+    model, quantized, state = trained(path, "train_gpt", lively)
+    groups = {g.name: g for g in packed.groups_of(packed.read_packed(path, state), state)}
+    assert sum(g.tensors for g in groups.values()) == len(quantized)
+    assert sum(g.values for g in groups.values()) == sum(q.numel() for q, _ in quantized.values())
+    q, scale = quantized["tok_emb.weight"]
+    W, H = model.tok_emb.weight.detach().double(), state["hessians"]["tok_emb.weight"].double()
+    E, shares = W - q * scale.double()[:, None], q.unique(return_counts=True)[1] / q.numel()
+    table = groups["embedding, also output"]
+    assert table.values == q.numel() and 2 ** (table.bits - 1) > q.abs().max() > 0
+    assert table.bytes == pytest.approx(-(shares * shares.log2()).sum().item() * q.numel() / 8)
+    assert table.error == pytest.approx((E @ H @ E.T).trace().item(), rel=1e-4)
+    assert table.outputs == pytest.approx((W @ H @ W.T).trace().item(), rel=1e-4)
+    assert packed.main([str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:24].strip() for line in lines[1 : len(groups) + 1]] == [*groups]
+    assert lines[len(groups) + 2].split() == ["artifact", f"{path.stat().st_size:,}"]
+
+
 def test_what_cannot_be_repacked_is_said_in_a_line(tmp_path, lively):
     result = repacked(tmp_path, "model.ptz")
     assert result.returncode == 1 and result.stderr.startswith("repack: error: ")
@@ -217,7 +249,7 @@ def another_weight(state):
 
 
 def another_shape(state):
-    return state | dict(weights=state["weights"] | dict(smear_lambda=torch.zeros(2)))
+    return state | dict(weights=state["weights"] | {"blocks.0.mixer.A_log": torch.zeros(3)})
 
 
 @pytest.mark.parametrize(
@@ -227,7 +259,7 @@ def another_shape(state):
         (without("config"), [], "damaged, or not what a run keeps: it has no config"),
         (lambda state: state | dict(config=dict(other=1)), [], "of another version of record: "),
         (another_weight, [], "other is [2], the model's none"),
-        (another_shape, [], "smear_lambda is [2], the model's []"),
+        (another_shape, [], "blocks.0.mixer.A_log is [3], the model's [2]"),
         (dict, ["nowhere.py"], "--train-script nowhere.py: expected "),
         (dict, ["tools/packed.py"], "--train-script tools/packed.py: expected "),
         (dict, ["systems/parts.py"], "--train-script systems/parts.py: no system"),

@@ -7,6 +7,7 @@ is one ValueError that names the file, and what a killed run leaves with what wa
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -18,46 +19,55 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import brotli
+import constriction
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from corpus import write_corpus
-from toys import SYSTEMS, as_packed, system, toy
+from toys import SYSTEMS, as_packed, clipped, rounded, save_rounded, system, toy
 
 import train_gpt
-from train_gpt import GPT, load_artifact, quantize, save_artifact
+from train_gpt import GPT, load_artifact, save_artifact
 
-HEADER = struct.Struct("<8s32s")  # magic, sha256 of the compressed bytes behind it
+HEADER = struct.Struct("<8s32s")  # magic, sha256 of the bytes behind it
 
 
-def read_artifact(path) -> tuple[dict, bytes]:
-    """The JSON head and the rest of the body."""
+def read_artifact(path) -> tuple[dict, bytes, bytes]:
+    """The JSON head, the rest of what brotli packed, and the range code."""
     raw = path.read_bytes()
     magic, digest = HEADER.unpack_from(raw)
     data = raw[HEADER.size :]
-    assert magic == b"GDNSWA17" and hashlib.sha256(data).digest() == digest
-    body = brotli.decompress(data)
-    end = 4 + struct.unpack_from("<I", body)[0]
-    return json.loads(body[4:end]), body[end:]
+    assert magic == b"GDNSWA18" and hashlib.sha256(data).digest() == digest
+    end = 4 + struct.unpack_from("<I", data)[0]
+    head, _, values = brotli.decompress(data[4:end]).partition(b"\n")
+    return json.loads(head), values, data[end:]
 
 
-def write_artifact(path, head, values: bytes, data=None) -> None:
+def data_of(part: bytes, code: bytes = b"") -> bytes:
+    """What stands behind the checksum."""
+    return struct.pack("<I", len(part)) + part + code
+
+
+def write_artifact(path, head, values: bytes, code: bytes = b"", data=None) -> None:
     """An artifact with a right checksum, whatever is in it. head: bytes, or what JSON takes."""
     head = head if isinstance(head, bytes) else json.dumps(head).encode()
-    body = struct.pack("<I", len(head)) + head + values
-    data = brotli.compress(body, quality=1) if data is None else data
-    path.write_bytes(HEADER.pack(b"GDNSWA17", hashlib.sha256(data).digest()) + data)
+    if data is None:
+        data = data_of(brotli.compress(head + b"\n" + values, quality=1), code)
+    path.write_bytes(HEADER.pack(b"GDNSWA18", hashlib.sha256(data).digest()) + data)
 
 
-CLIPPED = dict(matrix_clip_sigmas=2.0, embed_clip_sigmas=4.0)  # so that 6 and 7 bits are used up
+def entropy_bytes(quantized) -> float:
+    """Of the values of a tensor, which know nothing of each other."""
+    counts = np.unique(quantized[0].numpy(), return_counts=True)[1]
+    return (counts * np.log2(counts.sum() / counts)).sum() / 8
 
 
 def pack_of(name: str, folder, lively):
     """(path, model, what the quantizer made of it) of a system."""
-    hp = toy(name, **CLIPPED)
+    hp = toy(name)
     model = lively(system(name).GPT(hp))
-    quantized = quantize(model)
+    quantized = clipped(model, 2.0)
     path = folder / "model.ptz"
     save_artifact(path, model, hp, quantized)
     return path, model, quantized
@@ -70,9 +80,9 @@ def load_of(name: str, path):
 @pytest.fixture
 def packed(tmp_path, tiny, lively):
     """(path, model, what the quantizer made of it), all 6 and all 7 bits used."""
-    hp = tiny(**CLIPPED)
+    hp = tiny()
     model = lively(GPT(hp))
-    quantized = quantize(model)
+    quantized = clipped(model, 2.0)
     path = tmp_path / "model.ptz"
     save_artifact(path, model, hp, quantized)
     return path, model, quantized
@@ -104,12 +114,6 @@ def test_embeddings_and_matrices_are_quantized_and_the_rest_is_not(packed):
     assert 127 >= largest["tok_emb.weight"] > 31 >= largest["blocks.0.mixer.q_proj.weight"]
 
 
-def test_without_quantized_tensors_it_rounds_to_nearest(packed, tmp_path):
-    path, model, _ = packed
-    save_artifact(tmp_path / "again.ptz", model, model.hp)
-    assert (tmp_path / "again.ptz").read_bytes() == path.read_bytes()
-
-
 def test_the_size_on_disk_is_returned_and_nothing_else_is_left(packed, tmp_path):
     path, model, quantized = packed
     assert save_artifact(path, model, model.hp, quantized) == path.stat().st_size
@@ -117,10 +121,11 @@ def test_the_size_on_disk_is_returned_and_nothing_else_is_left(packed, tmp_path)
 
 
 def test_the_file_is_what_its_description_says(packed):
-    """Read without train_gpt.py: JSON, int8 values, then float16 values."""
+    """Read without train_gpt.py: JSON, float16 values, then the range code by the shares of the
+    counts."""
     path, model, quantized = packed
-    head, values = read_artifact(path)
-    assert head.keys() == {"system", "config"}
+    head, values, code = read_artifact(path)
+    assert head.keys() == {"system", "config", "counts"}
     ints, halves = [], []
     for name, p in model.named_parameters():
         if name in quantized:
@@ -128,29 +133,37 @@ def test_the_file_is_what_its_description_says(packed):
             halves.append(quantized[name][1].numpy())
         else:
             halves.append(p.detach().half().numpy().ravel())
-    ints, halves = np.concatenate(ints), np.concatenate(halves)
-    assert ints.dtype == np.int8 and halves.dtype == np.float16
-    assert values[: len(ints)] == ints.tobytes()
-    assert values[len(ints) :] == halves.tobytes()
+    counts = [[int((q == value).sum()) for value in [*range(128), *range(-128, 0)]] for q in ints]
+    halves = np.concatenate(halves)
+    assert {q.dtype for q in ints} == {np.dtype(np.int8)} and halves.dtype == np.float16
+    assert values == halves.tobytes() and head["counts"] == counts
+    coder = constriction.stream.queue.RangeDecoder(np.frombuffer(code, np.uint32))
+    for q, count in zip(ints, counts, strict=True):
+        shares = np.array([n / q.size for n in count])
+        model = constriction.stream.model.Categorical(shares, perfect=False)
+        assert (coder.decode(model, len(q)) == q.view(np.uint8)).all()
+    assert coder.maybe_exhausted()
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_shared_weights_are_stored_once(tmp_path, lively, name):
-    """A quantized tensor takes a byte a value and a scale a row, another two bytes a value, none
-    twice."""
+    """A quantized tensor takes a scale a row, another two bytes a value, none twice; the code has
+    each quantized value once."""
     path, model, quantized = pack_of(name, tmp_path, lively)
     tensors, expected = {}, 0
     for name, p in model.named_parameters(remove_duplicate=False):
         tensors.setdefault(p.data_ptr(), (p, []))[1].append(name)
     for p, names in tensors.values():
-        expected += p.numel() + 2 * len(p) if set(names) & set(quantized) else 2 * p.numel()
-    assert len(read_artifact(path)[1]) == expected
+        expected += 2 * len(p) if set(names) & set(quantized) else 2 * p.numel()
+    _, values, code = read_artifact(path)
+    assert len(values) == expected
+    assert len(code) == pytest.approx(sum(map(entropy_bytes, quantized.values())), rel=2e-3, abs=8)
     assert max(len(names) for _, names in tensors.values()) == 2
 
 
-def test_shared_modules_are_one_object_after_loading(packed):
-    loaded, _ = load_artifact(packed[0], "cpu")
-    assert loaded.blocks[4].mixer is loaded.blocks[2].mixer  # layout G2 S G S=2
+def test_shared_modules_are_one_object_after_loading(tmp_path, lively):
+    loaded, _ = load_of("gdn_hybrid", pack_of("gdn_hybrid", tmp_path, lively)[0])
+    assert loaded.blocks[11].mixer is loaded.blocks[5].mixer  # layout G5 S G5 S=5
     assert loaded.blocks[0].mixer is not loaded.blocks[1].mixer
     assert loaded.lm_head.weight is loaded.tok_emb.weight
 
@@ -168,7 +181,7 @@ def test_hyperparameters_come_back(tmp_path, tiny):
         run_id="not stored",
         scores="nobody.npz",
     )
-    save_artifact(tmp_path / "a.ptz", GPT(hp), hp)
+    save_rounded(tmp_path / "a.ptz", GPT(hp), hp)
     back = load_artifact(tmp_path / "a.ptz", "cpu")[1]
     run = dict.fromkeys(("run_id", "artifact", "eval_only", "scores"))
     assert asdict(back) | run == asdict(hp) | run
@@ -184,7 +197,7 @@ def test_the_same_model_gives_the_same_file(tmp_path, tiny, lively):
     for name in "ab":
         torch.manual_seed(1)
         hp = tiny(run_id=name, artifact=name)
-        save_artifact(tmp_path / name, lively(GPT(hp)), hp)
+        save_rounded(tmp_path / name, lively(GPT(hp)), hp)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -203,7 +216,7 @@ sys.stdout.buffer.write(model(torch.arange(1, 61)[None] % 64).detach().numpy().t
 def test_a_fresh_process_computes_the_same(tmp_path, tiny, lively):
     hp = tiny()
     model = lively(GPT(hp))
-    quantized = quantize(model)
+    quantized = rounded(model)
     save_artifact(tmp_path / "a.ptz", model, hp, quantized)
     ids = torch.arange(1, 61)[None] % 64
     expected = as_packed(model, quantized)(ids).detach().numpy()
@@ -274,8 +287,8 @@ def test_anything_appended_is_refused(packed):
     "content",
     [
         pytest.param(b"", id="empty"),
-        pytest.param(b"GDNSWA17", id="magic_only"),
-        pytest.param(b"GDNSWA17" + bytes(52), id="zeros_after_the_magic"),
+        pytest.param(b"GDNSWA18", id="magic_only"),
+        pytest.param(b"GDNSWA18" + bytes(52), id="zeros_after_the_magic"),
         pytest.param(b"\x89PNG\r\n\x1a\n" + bytes(500), id="image"),
         pytest.param(pickle.dumps({"model": list(range(500))}), id="pickle"),
         pytest.param(b"PK\x03\x04" + bytes(500), id="torch_file"),
@@ -310,7 +323,7 @@ def test_no_file_is_executed(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize("name", [*SYSTEMS, "parts", "layers"])
+@pytest.mark.parametrize("name", [*SYSTEMS, "parts", "layers", "layouts"])
 def test_the_source_has_no_way_to_execute_a_file(name):
     source = Path(system(name).__file__).read_text()
     assert not re.search(r"\b(pickle|marshal|shelve|dill|joblib)\b", source)
@@ -324,13 +337,17 @@ def crafted(tmp_path, tiny):
     """crafted(head, values, **options) -> path of an artifact with a right checksum and these
     changes."""
     hp = tiny()
-    save_artifact(tmp_path / "model.ptz", GPT(hp), hp)
-    head, values = read_artifact(tmp_path / "model.ptz")
+    save_rounded(tmp_path / "model.ptz", GPT(hp), hp)
+    head, values, code = read_artifact(tmp_path / "model.ptz")
 
-    def craft(change_head=lambda head: head, change_values=lambda values: values, **options):
-        write_artifact(
-            tmp_path / "crafted.ptz", change_head(head), change_values(values), **options
-        )
+    def craft(
+        change_head=lambda head: head,
+        change_values=lambda values: values,
+        change_code=lambda code: code,
+        **options,
+    ):
+        parts = change_head(head), change_values(values), change_code(code)
+        write_artifact(tmp_path / "crafted.ptz", *parts, **options)
         return tmp_path / "crafted.ptz"
 
     return craft
@@ -350,7 +367,9 @@ CRAFTED_HEADS = {
     "system_is_null": lambda head: head | dict(system=None),
     "an_entry_more": lambda head: head | dict(text="of the validation split"),
     "another_model": with_config(mlp_mult=3.0),
-    "another_layout": with_config(layout="G2 S G S"),
+    "another_layout": with_config(layout="G2 S G2"),
+    "another_order_of_blocks": with_config(layout="G S G2 S"),
+    "no_layout_of_the_record": with_config(layout="G2 S G S=2"),
     "another_vocabulary": with_config(vocab_size=65),
     "impossible_value": with_config(num_heads=0),
     "unknown_hyperparameter": with_config(num_layers=9),
@@ -379,6 +398,11 @@ def test_a_head_that_does_not_fit_is_refused(crafted, change):
     refused(crafted(CRAFTED_HEADS[change]))
 
 
+def with_counts(change):
+    """Of the last tensor."""
+    return lambda head: head | {"counts": [*head["counts"][:-1], change(head["counts"][-1])]}
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -388,11 +412,28 @@ def test_a_head_that_does_not_fit_is_refused(crafted, change):
         pytest.param(dict(change_values=lambda values: b""), id="no_values"),
         pytest.param(dict(data=b""), id="no_data"),
         pytest.param(dict(data=b"\0" * 100), id="data_not_compressed"),
-        pytest.param(dict(data=brotli.compress(b"")), id="empty_body"),
-        pytest.param(dict(data=brotli.compress(b"\0\0")), id="body_of_two_bytes"),
-        pytest.param(dict(data=brotli.compress(4 * b"\xff" + bytes(100))), id="endless_head"),
-        pytest.param(dict(data=brotli.compress(bytes(1000))[:-2]), id="data_cut_off"),
-        pytest.param(dict(data=zlib.compress(bytes(100))), id="other_codec"),
+        pytest.param(dict(data=data_of(brotli.compress(b""))), id="empty_body"),
+        pytest.param(dict(data=data_of(brotli.compress(b"\0\0"))), id="body_of_two_bytes"),
+        pytest.param(dict(data=data_of(brotli.compress(b"{}" + bytes(100)))), id="endless_head"),
+        pytest.param(dict(data=data_of(brotli.compress(bytes(1000))[:-2])), id="data_cut_off"),
+        pytest.param(dict(data=data_of(zlib.compress(bytes(100)))), id="other_codec"),
+        pytest.param(dict(data=b"\xff" * 4 + brotli.compress(b"{}\n")), id="endless_part"),
+        pytest.param(dict(change_code=lambda code: b""), id="no_code"),
+        pytest.param(dict(change_code=lambda code: code[:-4]), id="a_word_missing"),
+        pytest.param(dict(change_code=lambda code: code[:-1]), id="a_byte_missing"),
+        pytest.param(dict(change_code=lambda code: code + bytes(4)), id="a_word_of_zeros_more"),
+        pytest.param(dict(change_code=lambda code: code + b"text"), id="a_word_more"),
+        pytest.param(dict(change_code=lambda code: b"\xff" * len(code)), id="another_code"),
+        pytest.param(dict(change_head=with_counts(lambda counts: counts[::-1])), id="other_counts"),
+        pytest.param(dict(change_head=with_counts(lambda counts: [1] * 256)), id="equal_counts"),
+        pytest.param(dict(change_head=with_counts(lambda counts: [0] * 256)), id="no_counts"),
+        pytest.param(dict(change_head=with_counts(lambda counts: [-1] * 256)), id="negative"),
+        pytest.param(dict(change_head=with_counts(lambda counts: [2**63] * 256)), id="too_large"),
+        pytest.param(dict(change_head=with_counts(lambda counts: [2**64] * 256)), id="larger"),
+        pytest.param(dict(change_head=with_counts(lambda counts: counts[:-1])), id="255_counts"),
+        pytest.param(dict(change_head=with_counts(lambda counts: [*counts, 1])), id="257_counts"),
+        pytest.param(dict(change_head=with_counts(lambda counts: [math.nan] * 256)), id="nan"),
+        pytest.param(dict(change_head=with_counts(lambda counts: ["1"] * 256)), id="texts"),
     ],
 )
 def test_a_body_that_does_not_fit_is_refused(crafted, options):
@@ -430,11 +471,11 @@ def test_the_systems_name_alone_makes_an_artifact_one_of_another_system(tmp_path
         system = "other"
 
     hp, path = toy("train_gpt"), tmp_path / "model.ptz"
-    save_artifact(path, GPT(hp), hp)
+    save_rounded(path, GPT(hp), hp)
     load_artifact(path, "cpu")
     with pytest.raises(ValueError, match="model.ptz.*record.*other"):
         load_artifact(path, "cpu", Other, GPT)
-    save_artifact(path, GPT(hp), Other(**asdict(hp)))
+    save_rounded(path, GPT(hp), Other(**asdict(hp)))
     load_artifact(path, "cpu", Other, GPT)
     refused(path)
 
@@ -459,7 +500,7 @@ def test_a_small_file_cannot_fill_the_memory(tmp_path):
     """A gigabyte of zeros in some kilobytes: refused before it is unpacked."""
     packer, zeros, path = brotli.Compressor(quality=1), bytes(1 << 24), tmp_path / "bomb.ptz"
     data = b"".join(packer.process(zeros) for _ in range(64)) + packer.finish()
-    write_artifact(path, b"", b"", data=data)
+    write_artifact(path, b"", b"", data=data_of(data))
     assert path.stat().st_size < 1 << 18
     kilobytes = subprocess.run(
         [sys.executable, "-c", BOMB, str(ROOT), str(path)],
@@ -485,10 +526,10 @@ def test_a_write_that_fails_leaves_the_earlier_artifact(packed, monkeypatch):
         with monkeypatch.context() as context:
             context.setattr(*where, power_cut, raising=False)
             with pytest.raises(OSError, match="no space"):
-                save_artifact(path, model, model.hp)
+                save_rounded(path, model, model.hp)
         assert path.read_bytes() == before
     load_artifact(path, "cpu")
-    save_artifact(path, model, model.hp)
+    save_rounded(path, model, model.hp)
     assert path.read_bytes() != before
 
 
@@ -500,7 +541,7 @@ def run(tmp_path, monkeypatch, capsys):
     """run(**environment) -> the lines that a run of six small steps logs, in this process."""
     environment = write_corpus(tmp_path) | dict(
         iterations=6,
-        layout="G S S=1",
+        layout="G S2",
         model_dim=32,
         gdn_heads=2,
         gdn_head_dim=16,
@@ -518,6 +559,7 @@ def run(tmp_path, monkeypatch, capsys):
         val_batch_size=1024,
         max_wallclock_seconds=0,
         gptq_calibration_batches=1,
+        artifact_target_bytes=0,
         matrix_lr=0.05,
         ema_decay=0.9,
         eval_mode="sliding",

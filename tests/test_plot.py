@@ -234,10 +234,12 @@ def test_the_tables_of_a_page(scored):
 def test_groups_are_all_bytes_of_the_artifact(tmp_path, lively, name):
     path = tmp_path / "a.ptz"
     _, quantized, _ = trained(path, name, lively)
-    body = brotli.decompress(path.read_bytes()[40:])
+    raw = path.read_bytes()
+    body = brotli.decompress(raw[44:][: int.from_bytes(raw[40:44], "little")])
     groups = plot.groups_of(path, tmp_path / "a.ptz.trained.pt")
-    assert sum(map(len, groups.values())) == len(body)
-    assert groups["settings"] == body[: 4 + int.from_bytes(body[:4], "little")]
+    ints = sum(q.numel() for q, _ in quantized.values())
+    assert sum(map(len, groups.values())) == len(body) + ints
+    assert groups["settings, counts"] == body[: body.index(b"\n") + 1]
     assert groups["embedding, also output"] == quantized["tok_emb.weight"][0].numpy().tobytes()
     scales = b"".join(scale.numpy().tobytes() for _, scale in quantized.values())
     assert groups["scales of rows"] == scales

@@ -50,15 +50,17 @@ SMALL = dict(
         "MAX_WALLCLOCK_SECONDS=0 GPTQ_RESERVE_SECONDS=0 GPTQ_CALIBRATION_BATCHES=2 EMA_DECAY=0.9 "
         "TTT_CHUNK_TOKENS=64 TTT_PHASES=1 TTT_LORA_LR=0.003 TTT_LORA_RANK=2 MATRIX_LR=0.05 "
         "EVAL_SEQ_LEN=64 EVAL_STRIDE=32 EVAL_CHUNK=64 EVAL_ROWS=8 VAL_BATCH_SIZE=1024 "
-        "RUN_ID=run SCORES=scores.npz ARTIFACT=model.ptz"
+        "ARTIFACT_TARGET_BYTES=0 RUN_ID=run SCORES=scores.npz ARTIFACT=model.ptz"
     ).split()
 )
-RECORD = {"LAYOUT": "G S S=1"}
+RECORD = {"LAYOUT": "G S2"}
+SHARED = {"LAYOUT": "G S S=1", "ROPE_DIMS": "8", "NGRAM_VOCAB_SIZE": "64", "NGRAM_DIM": "8"}
 SYSTEMS = {
     "record": ("train_gpt.py", RECORD),
     "no_average": ("train_gpt.py", RECORD | {"EMA_DECAY": "0"}),
     "pure_gdn": ("systems/pure_gdn.py", {"LAYOUT": "G S", "CURRICULUM": "0:1x16 0.5:2x32"}),
     "transformer": ("systems/transformer.py", {"LAYOUT": "A (A)x2 A"}),
+    "gdn_hybrid": ("systems/gdn_hybrid.py", SHARED),
 }
 CHECKPOINT, TRAINED = "model.ptz.checkpoint.pt", "model.ptz.trained.pt"
 ANEW = "nothing is kept of this run, RESUME=auto starts anew"
@@ -670,7 +672,7 @@ def test_other_settings_are_refused_by_name(stopped, kind, resume):
         MATRIX_LR="0.02", SEED="7", LAYOUT="G S", RESUME=kind if resume == "path" else resume
     )
     assert refused(place, **other) == (
-        f"train_gpt.py: {kind}: of another run: layout is 'G S', there 'G S S=1'; "
+        f"train_gpt.py: {kind}: of another run: layout is 'G S', there 'G S2'; "
         "matrix_lr is 0.02, there 0.05; seed is 7, there 1337"
     )
 

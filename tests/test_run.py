@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LINE = "\n" + "=" * 100 + "\n"
 SMALL = dict(
     PRESET="demo",
-    LAYOUT="G S G S=1",
+    LAYOUT="G S G S",
     MODEL_DIM="48",
     GDN_HEAD_DIM="16",
     HEAD_DIM="16",
@@ -123,7 +123,7 @@ def test_the_log_is_source_versions_settings_course_and_figures(run):
         "step:1/40 train_loss:",
         "step:20/40 val_loss:",
         "step:40/40 val_loss:",
-        "Total submission size int6+brotli:",
+        "Total submission size int6+range:",
     ):
         assert line in rest
 
@@ -184,7 +184,7 @@ def test_sizes_are_those_on_disk(run):
     folder, log, _ = run
     artifact = (folder / "final_model.int6.ptz").stat().st_size
     code = (ROOT / "train_gpt.py").stat().st_size
-    assert f"Total submission size int6+brotli: {artifact + code} bytes" in log
+    assert f"Total submission size int6+range: {artifact + code} bytes" in log
     sizes = dict(bytes_code=code, bytes_model=artifact, bytes_total=artifact + code)
     assert sizes.items() <= figures_of(log).items()
     assert sizes.items() <= figures_of(log)["checks"]["size"].items()

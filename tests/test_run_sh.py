@@ -130,6 +130,7 @@ STUBS = {
     "tools/resumable.py": RESUMABLE,
     "tools/screen.py": SCREEN,
     "tools/check.py": "open('logs/check.env', 'w').write('check_failed=0')",
+    "tools/dataset.py": "",
     "data/prepare.py": "raise SystemExit('prepare.py: no text')",
     "requirements.txt": "torch==1\n",
     "tests/requirements.txt": "pytest==1\n",
@@ -336,6 +337,13 @@ def test_a_run_is_started_so_that_it_can_be_stopped(folder, env, resumable):
 
 def test_data_that_cannot_be_prepared_starts_nothing(folder):
     assert refused(run_sh(folder, DATA_PATH=""), "prepare.py: no text")
+
+
+@pytest.mark.parametrize("env", [{}, dict(EVAL_ONLY="1")])
+def test_shards_of_another_tokenizer_start_nothing(folder, env):
+    write(folder / "tools/dataset.py", "raise SystemExit('run.sh: another tokenizer')")
+    assert refused(run_sh(folder, **env), "run.sh: another tokenizer")
+    assert "trained" not in content(folder)
     files = content(folder)
     assert "trained" not in files and files["submission.json"] == "old"
 
@@ -967,6 +975,7 @@ def gpus(monkeypatch):
         (dict(NPROC="3"), "NPROC=3: TRAIN_BATCH_TOKENS="),
         (dict(SYSTEM="nosuch"), "SYSTEM='nosuch': expected one of baseline, crawler, "),
         (dict(SYSTEM="parts"), "SYSTEM='parts': expected one of baseline, crawler, "),
+        (dict(SYSTEM="layouts"), "SYSTEM='layouts': expected one of baseline, crawler, "),
         (dict(SYSTEM="../train_gpt"), "SYSTEM='../train_gpt': expected one of "),
         (dict(SYSTEM="baseline.py"), "SYSTEM='baseline.py': expected one of "),
         (dict(RUN_ID="../x"), "RUN_ID='../x': expected a file name"),
@@ -1039,14 +1048,15 @@ def test_what_is_printed_is_what_a_shell_reads(gpus, monkeypatch, capsys):
     assert said.stdout.splitlines() == ["RUN_ID=run", "systems/baseline.py", odd["ARTIFACT"]]
 
 
-SYSTEMS = sorted({path.stem for path in (ROOT / "systems").glob("*.py")} - {"parts", "layers"})
+SYSTEMS = {path.stem for path in (ROOT / "systems").glob("*.py")}
+SYSTEMS = sorted(SYSTEMS - {"parts", "layers", "layouts"})
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_system_looks_for_its_parts_beside_itself(system):
     source = (ROOT / "systems" / f"{system}.py").read_text()
     line = "sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH=1 leaves it out\n"
-    assert re.search(re.escape(line) + r"import (layers|parts)\b", source)
+    assert re.search(re.escape(line) + r"import (layers|layouts|parts)\b", source)
 
 
 def test_a_system_starts_with_a_safe_path():

@@ -44,7 +44,7 @@ def stage_of(line: str, clock: float = 0.0) -> str:
         (TRAINING, 50.0, "training 50%: step 30, loss 4.5678, 3,072 tokens/s, 00:20 left"),
         (TRAINING, 610.0, "training 10%: step 30, loss 4.5678, 3,072 tokens/s, 03:00 left"),
         (SCORING, 0.0, "scoring 25%: 500 tokens/s, 00:09 left"),
-        ("gptq:3/12 time:1s", 0.0, "quantizing 25%: 00:03 left"),
+        ("pack: rounding_step:0.02 bytes_total:15969000 target:15970000", 0.0, "None"),
         ("targets:0/6000 time:15s", 0.0, "scoring 0%: 0 tokens/s, 00:00 left"),
         ("step:0/300 val_loss:6.9 val_bpb:4.1 train_time:0ms step_avg:0.00ms", 0.0, "None"),
         ("targets:3/0 time:0s", 0.0, "None"),

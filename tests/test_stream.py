@@ -25,7 +25,7 @@ from streams import (
     text_of,
     windows_of,
 )
-from toys import system, toy
+from toys import of_layout, system, toy
 
 import train_gpt
 from train_gpt import (
@@ -69,11 +69,12 @@ def check_stream(hp, model, tokens) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 64, 300], ids="chunk_{}".format)
-@pytest.mark.parametrize("layout", ["G2 S G S=2", "G S", "S2", "G4", "A G"])
-def test_a_stream_is_each_document_alone(tiny, lively, exact, layout, chunk):
+@pytest.mark.parametrize("layout", ["G2 S G S=2", "G2 S G S", "G S", "S2", "G4", "A G"])
+def test_a_stream_is_each_document_alone(lively, exact, layout, chunk):
     """And so the forward over the whole text, in which BOS keeps documents apart."""
-    hp = tiny(layout=layout, eval_chunk=chunk, eval_rows=3)
-    model, tokens = lively(GPT(hp)), text_of(*LENGTHS)
+    hp, model = of_layout(layout, eval_chunk=chunk, eval_rows=3)
+    tokens = text_of(*LENGTHS)
+    lively(model)
     nats = check_stream(hp, model, tokens)
     with torch.no_grad():
         whole = nats_by_hand(model, tokens[:-1], tokens[1:])
@@ -83,8 +84,7 @@ def test_a_stream_is_each_document_alone(tiny, lively, exact, layout, chunk):
 @pytest.mark.parametrize(
     "parts",
     [
-        dict(smear_dims=0),
-        dict(smear_dims=0, layout="S2"),
+        dict(layout="S2"),
         dict(window_size=1),
         dict(window_size=1, layout="S2"),
         dict(layout="A S", xsa=False),
@@ -92,16 +92,16 @@ def test_a_stream_is_each_document_alone(tiny, lively, exact, layout, chunk):
     ],
     ids=lambda parts: "_".join(parts),
 )
-def test_every_part_has_its_cache(tiny, lively, exact, parts):
-    hp = tiny(eval_chunk=3, eval_rows=4, **parts)
-    check_stream(hp, lively(GPT(hp)), text_of(*LENGTHS))
+def test_every_part_has_its_cache(lively, exact, parts):
+    hp, model = of_layout(**dict(layout="G2 S G S") | parts, eval_chunk=3, eval_rows=4)
+    check_stream(hp, lively(model), text_of(*LENGTHS))
 
 
 SYSTEMS = [
     ("kv_share", dict(layout="G4")),
-    ("kv_share", dict(layout="G2", smear_dims=0)),
+    ("kv_share", dict(layout="G2")),
     ("kv_share", dict(layout="G2", ngram_vocab_size=0)),
-    ("kv_share", dict(layout="G4", ngram_vocab_size=0, smear_dims=0)),
+    ("kv_share", dict(layout="G4", ngram_vocab_size=0)),
     ("pure_gdn", {}),
     ("crawler", dict(layout="A (A G)x3 S")),
     ("transformer", dict(layout="A (G)x2 S A", parallel_start_layer=0)),
@@ -157,7 +157,7 @@ def test_streams_of_any_documents(small, lively, exact, data):
 def test_full_attention_remembers_the_context_of_windows(small, lively, exact):
     """EVAL_SEQ_LEN - 1 tokens before each chunk: without the parts that look back further, what can
     be seen is what a forward over just these tokens sees."""
-    hp = small(layout="A", smear_dims=0, eval_seq_len=10, eval_stride=1, eval_chunk=4)
+    hp = small(layout="A", eval_seq_len=10, eval_stride=1, eval_chunk=4)
     model, tokens = lively(GPT(hp)), text_of(23, 9, 17)
     expected = []
     for a, b in documents_of(tokens):

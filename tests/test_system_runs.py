@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from corpus import write_corpus
-from toys import CURRICULUM, SYSTEMS, as_packed, random_ids, system, toy
+from toys import CURRICULUM, SYSTEMS, as_packed, random_ids, rounded, save_rounded, system, toy
 
 import train_gpt
 
@@ -38,6 +38,7 @@ SMALL = dict(
     WARMUP_STEPS="1",
     MAX_WALLCLOCK_SECONDS="0",
     GPTQ_CALIBRATION_BATCHES="4",
+    ARTIFACT_TARGET_BYTES="0",
     EVAL_SEQ_LEN="64",
     EVAL_STRIDE="32",
     VAL_BATCH_SIZE="4096",
@@ -169,7 +170,7 @@ def test_a_short_run_of_a_system_and_its_artifact(corpus, tmp_path, monkeypatch,
 def test_another_systems_artifact_is_refused_in_one_line(corpus, tmp_path):
     for name in ("train_gpt", "crawler"):
         hp = toy(name)
-        train_gpt.save_artifact(tmp_path / f"{name}.ptz", system(name).GPT(hp), hp)
+        save_rounded(tmp_path / f"{name}.ptz", system(name).GPT(hp), hp)
     for name, other, said in (
         ("crawler", "train_gpt", "crawler, not record"),
         ("train_gpt", "pure_gdn", "record, not pure_gdn"),
@@ -185,7 +186,7 @@ def test_every_artifact_is_read_by_its_own_system_alone(lively, tmp_path):
     for name in SYSTEMS:
         hp, path = toy(name), tmp_path / f"{name}.ptz"
         model = lively(system(name).GPT(hp))
-        train_gpt.save_artifact(path, model, hp)
+        save_rounded(path, model, hp)
         for other in SYSTEMS:
             module = system(other)
             if other != name:
@@ -195,7 +196,7 @@ def test_every_artifact_is_read_by_its_own_system_alone(lively, tmp_path):
             loaded, found = train_gpt.load_artifact(path, "cpu", module.Hyperparameters, module.GPT)
             assert {**vars(found), "run_id": 0} == {**vars(hp), "run_id": 0}
             ids = random_ids(hp, starts=(0, 20))
-            shipped = as_packed(model, train_gpt.quantize(model))
+            shipped = as_packed(model, rounded(model))
             assert torch.equal(loaded(ids), shipped(ids))
 
 

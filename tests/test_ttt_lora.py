@@ -50,6 +50,7 @@ def matrices_of(found: dict) -> dict[str, torch.Tensor]:
 
 OVERRIDES = [
     {},
+    dict(layout="G2 S G S", eval_rows=2),
     dict(layout="G2 S G S=2", eval_rows=2),
     dict(layout="A G2"),
     dict(eval_chunk=3, eval_rows=3),
@@ -67,7 +68,7 @@ OVERRIDES = [
 def test_lora_is_a_row_of_documents_after_the_other(lively, exact, overrides):
     hp = MODE.small(**overrides)
     hp.validate()
-    model, tokens = lively(GPT(hp)), text_of(*TEXT)
+    model, tokens = lively(MODE.new_model(hp)), text_of(*TEXT)
     before = weights_of(model)
     nats, count, found = score_and_look(model, tokens, hp)
     assert count.tolist() == [1] * (len(tokens) - 1)
@@ -98,7 +99,7 @@ def test_adapters_start_as_nothing_on_every_linear(lively):
     """Also on one that two blocks share, once. Seeded, and not by what torch happens to be at."""
     sizes = dict(layout="G2 S G S=2", ttt_lora_rank=4, ttt_lora_alpha=6.0, eval_rows=3)
     hp = MODE.small(**sizes)
-    model, tokens = lively(GPT(hp)), text_of(20, 20, 20, 20)
+    model, tokens = lively(MODE.new_model(hp)), text_of(20, 20, 20, 20)
 
     def start(hp):
         torch.rand(3)

@@ -16,7 +16,7 @@ RULE = "        o, state = gated_delta_rule(q, k, v, g, beta, state)\n"
 RESET = ", RESET_LOG_DECAY)"
 TEXT = "        ids = stream.read(0, len(stream))\n"
 HEAD = "        return cap * torch.tanh(self.lm_head(norm(x)).float() / cap)\n"
-EMBEDDED = "        x = x0 = last(self.embed(ids.clamp(min=0), ctx), T)"
+EMBEDDED = "        x = x0 = norm(last(self.embed(ids.clamp(min=0), ctx), T))"
 NATS = "            out = nats.view_as(targets)\n"
 TABLE = 'base = len(piece.removeprefix("\\u2581").encode()) if plain'
 READ = "            out = model(tokens[here], tokens[here + 1], cache)\n"

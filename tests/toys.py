@@ -7,18 +7,20 @@ import importlib
 import torch
 from conftest import TINY
 
-from train_gpt import BOS_ID, world
+from train_gpt import BOS_ID, EMBED, SCALAR, gptq_quantize, quantize, save_artifact, world
 
 SYSTEMS = (  # modules
     "train_gpt baseline gdn_hybrid kv_share pure_gdn crawler transformer hybrid_1895".split()
 )
 CURRICULUM = "0:1x16 0.15:2x32 0.45:3x64"  # for three micro-batches
+STEP = 0.02  # of rounding, times the RMS of the inputs
 # of what only one system has, as TINY of the others
 OWN = dict(
     ngram_vocab_size=128,
     ngram_dim=16,
     inst_dim=4,
     attn_gate_dims=5,
+    smear_dims=8,
     ttt_chunk_tokens=256,
     curriculum="0:1x64",
     gdn_key_heads=1,
@@ -27,7 +29,7 @@ OWN = dict(
 
 
 def system(name):
-    """The module of a system: its Hyperparameters and its GPT."""
+    """The module of a system, or `layouts`: its Hyperparameters and its GPT."""
     return importlib.import_module(name)
 
 
@@ -39,10 +41,23 @@ def tiny_of(name, **changes):
     return hp
 
 
+def is_plain(layout) -> bool:
+    """Whether the record's class reads it: no block shares a mixer, none loops."""
+    return not {*"=("} & {*layout}
+
+
+def of_layout(layout, **changes):
+    """Hyperparameters and model at the sizes of TINY: the record's, or those of systems/layouts.py
+    if blocks share a mixer or loop."""
+    name = "train_gpt" if is_plain(layout) else "layouts"
+    hp = tiny_of(name, layout=layout, **changes)
+    return hp, system(name).GPT(hp)
+
+
 def toy(name, **changes):
     """Hyperparameters of a system at a toy size, its layout and options as they are."""
     own = system(name).Hyperparameters()
-    changes = dict(smear_dims=own.smear_dims and 8, num_heads=4, num_kv_heads=2) | changes
+    changes = dict(num_heads=4, num_kv_heads=2) | changes
     changes = dict(train_batch_tokens=3 * 128, grad_accum_steps=3) | changes
     if name == "pure_gdn":
         changes = dict(curriculum=CURRICULUM) | changes
@@ -58,6 +73,36 @@ def in_float64(monkeypatch, model):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # decays, logits
     monkeypatch.setattr(torch, "linspace", functools.partial(torch.linspace, dtype=torch.float64))
     return model.double()
+
+
+def matrices_of(model):
+    """(name, weights) of what is quantized."""
+    return [(name, p) for name, p in model.named_parameters() if model.kinds[name] != SCALAR]
+
+
+def rounded(model, step=STEP):
+    """(q, scale) of what is quantized, by name: each value the nearest, as GPTQ has it for inputs
+    that do not correlate."""
+    return quantize(model, {name: torch.eye(W.shape[1]) for name, W in matrices_of(model)}, step)
+
+
+def clipped(model, sigmas):
+    """As `rounded`, but all at so many standard deviations of their rows; a few use up all bits."""
+    return {
+        name: gptq_quantize(W.detach(), torch.eye(W.shape[1]), model.bits(name), sigmas)
+        for name, W in matrices_of(model)
+    }
+
+
+def usual(model):
+    """As `clipped`, at the widths by which tools estimate bytes before a training."""
+    matrices, table = clipped(model, 12.85), clipped(model, 15.0)
+    return {name: (table if model.kinds[name] == EMBED else matrices)[name] for name in matrices}
+
+
+def save_rounded(path, model, hp) -> int:
+    """An artifact of rounded values; returns its bytes."""
+    return save_artifact(path, model, hp, rounded(model))
 
 
 def as_packed(model, quantized):

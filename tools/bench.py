@@ -3,6 +3,8 @@ or needed to train.
 
     python tools/bench.py --delta         # gated_delta_rule against fla's naive chunk function
     python tools/bench.py --size          # parameters and estimated bytes of every system
+    python tools/bench.py --packing       # the integers of ARTIFACT: range code, brotli and zstd
+    python tools/bench.py --fit           # every system at full size packed to its target
     python tools/bench.py --throughput    # training tokens/s of SYSTEM, and the matmul floor
     python tools/bench.py --floor         # a step's lower bound on 8 H100, see tools/floor.py
     python tools/bench.py --systems       # each at toy size: same parameters, tokens and seeds
@@ -16,6 +18,7 @@ TOKENIZER_PATH with --systems, all of scoring with --evaluation.
 
 import argparse
 import bisect
+import functools
 import importlib
 import json
 import math
@@ -30,20 +33,25 @@ import time
 import warnings
 from dataclasses import fields
 from pathlib import Path
+from unittest import mock
 
+import brotli
 import numpy as np
 import torch
 import torch.nn.functional as F
+import zstandard
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "systems")]
-import train_gpt as t  # noqa: E402  (the paths come first)
+sys.path[:0] = [str(ROOT), str(ROOT / "systems"), str(ROOT / "tools")]
+import packed  # noqa: E402  (the paths come first)
 
-# parameters as published: #1545, #1787 with #1855, the baseline of the competition, then #1545,
-# #1734, #875, #1047, #1895
+import train_gpt as t  # noqa: E402
+
+# parameters as published: #1787 with #1855, the baseline of the competition, #1545, #1734, #875,
+# #1047, #1895
 PUBLISHED = dict(
-    record="33,862,953",
+    record="new",
     transformer="35,945,671",
     baseline="17,059,912",
     gdn_hybrid="33,862,953",
@@ -176,6 +184,9 @@ def bench_delta(args) -> None:
 # --- Size -----------------------------------------------------------------------------------------
 
 
+CLIP_SIGMAS = {t.MATRIX: 12.85, t.EMBED: 15.0}  # deviations, of #1394 and #1787
+
+
 def gaussian_bits(bits: int | torch.Tensor, clip_sigmas: float) -> float:
     """Entropy in bits of a normal variable rounded to steps of clip_sigmas / qmax standard
     deviations; of bits for each row, the mean."""
@@ -201,12 +212,13 @@ def parameters(hp: t.Hyperparameters, module=None) -> int:
 
 
 def estimated_bytes(hp: t.Hyperparameters, module=None) -> tuple[float, int]:
-    """Entropy of the quantized values, were all rows normal; float16 of scales and the rest."""
+    """Entropy of the quantized values, were all rows normal and clipped at CLIP_SIGMAS; float16 of
+    scales and the rest."""
     model, quantized, half = shape_of(hp, module), 0.0, 0
     for name, p in model.named_parameters():
-        is_scalar = model.kinds[name] == t.SCALAR
-        half += 2 * (p.numel() if is_scalar else len(p))
-        quantized += 0 if is_scalar else p.numel() * gaussian_bits(*model.precision(name)) / 8
+        width = CLIP_SIGMAS.get(model.kinds[name])
+        half += 2 * (len(p) if width else p.numel())
+        quantized += p.numel() * gaussian_bits(model.bits(name), width) / 8 if width else 0
     return quantized, half
 
 
@@ -222,6 +234,110 @@ def bench_size(args) -> None:
             f"{system:<14}{parameters(hp):>12,}{quantized:>12,.0f}{half:>10,}{code:>9,}"
             f"{total:>12,.0f}{total / t.SIZE_LIMIT:>8.1%}"
         )
+
+
+# --- Packing --------------------------------------------------------------------------------------
+
+
+def integers_of(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
+    """int8 tensors of an artifact, and how often each value comes, uint32 [tensors, 256]. Raises:
+    OSError, ValueError naming the file."""
+    text, counts, _, code = packed.unpack(path)
+    head = json.loads(text)
+    model = shape_of(module_of(head["system"]).Hyperparameters(**head["config"]))
+    shapes = [p.shape for name, p in model.named_parameters() if model.kinds[name] != t.SCALAR]
+    return packed.decode(path, code, counts, shapes), counts
+
+
+def packers(ints: list[np.ndarray], counts: np.ndarray) -> dict[str, tuple]:
+    """How each packs, without arguments, and how it loads what it packed; to bytes."""
+    raw, flat = b"".join(q.tobytes() for q in ints), [q.ravel() for q in ints]
+    table = brotli.compress(json.dumps(counts.tolist()).encode(), quality=11)
+
+    def load(data: bytes) -> bytes:
+        code, shapes = data[len(table) :], [q.shape for q in ints]
+        return b"".join(q.tobytes() for q in packed.decode(Path("code"), code, counts, shapes))
+
+    return {
+        "range code": (lambda: table + t.range_code(flat)[1], load),
+        "brotli 11": (lambda: brotli.compress(raw, quality=11, lgwin=24), brotli.decompress),
+        "zstd 22": (
+            lambda: zstandard.ZstdCompressor(level=22).compress(raw),
+            zstandard.ZstdDecompressor().decompress,
+        ),
+    }
+
+
+def bench_packing(args) -> None:
+    """Of ARTIFACT."""
+    compare_packers(Path(os.environ.get("ARTIFACT", t.Hyperparameters.artifact)))
+
+
+def compare_packers(path: Path) -> None:
+    """The range code with its counts, as they are in an artifact."""
+    try:
+        ints, counts = integers_of(path)
+    except (OSError, ValueError) as error:
+        sys.exit(f"bench: error: {error}")
+    entropy = sum(packed.entropy_bytes(q.tobytes()) for q in ints)
+    raw = b"".join(q.tobytes() for q in ints)
+    print(f"{path}: {len(ints)} tensors, {len(raw):,} values, entropy {entropy:,.0f} bytes")
+    print(f"{'':<12}{'bytes':>12}{'above':>9}{'pack, s':>10}{'load, s':>10}")
+    for name, (pack, load) in packers(ints, counts).items():
+        start = time.perf_counter()
+        data = pack()
+        middle = time.perf_counter()
+        assert load(data) == raw, name
+        end = time.perf_counter()
+        above = f"{len(data) / entropy - 1:+.2%}"
+        print(f"{name:<12}{len(data):>12,}{above:>9}{middle - start:>10.2f}{end - middle:>10.2f}")
+
+
+# --- Every byte used ------------------------------------------------------------------------------
+
+
+def trained_like(model: t.GPT) -> dict[str, torch.Tensor]:
+    """Fills the model with weights whose rows and columns differ in size as after training. Returns
+    Hessians of correlated inputs, of another size for each matrix."""
+    hessians = {}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_().mul_(0.04 * torch.exp(0.2 * torch.randn(p.shape[-1:])))
+            if model.kinds[name] != t.SCALAR:
+                rows, cols = p.shape
+                p.mul_(torch.exp(0.2 * torch.randn(rows, 1)))
+                X = torch.randn(2 * cols, cols) * torch.exp(0.5 * torch.randn(cols))
+                X += 0.3 * torch.randn(2 * cols, 8) @ torch.randn(8, cols)
+                hessians[name] = X.mT @ X / len(X) * torch.exp(0.8 * torch.randn(()))
+    return hessians
+
+
+def bench_fit(args) -> None:
+    """On weights that were not trained; then the packers, on the artifact of the first."""
+    folder, first = Path(tempfile.mkdtemp()), None
+    names = f"{'target':>12}{'bytes':>12}{'below':>9}{'passes':>8}{'CPU, s':>8}{'load, s':>9}"
+    print(f"{'system':<14}{'parameters':>12}{names}", flush=True)
+    for system in SYSTEMS:
+        module = module_of(system)
+        hp = module.Hyperparameters(artifact=str(folder / system))
+        torch.manual_seed(0)
+        model, start = module.GPT(hp), time.process_time()
+        hessians = trained_like(model)
+        code = mock.patch.object(t, "code_files", functools.partial(code_files, system))
+        with code, mock.patch.object(t, "quantize", wraps=t.quantize) as quantize:
+            t.fit(hp, model, hessians)
+        packed_after = time.process_time()
+        t.load_artifact(hp.artifact, "cpu", type(hp), type(model))
+        size = os.path.getsize(hp.artifact) + code_bytes(system)
+        print(
+            f"{system:<14}{parameters(hp):>12,}{hp.artifact_target_bytes:>12,}{size:>12,}"
+            f"{1 - size / hp.artifact_target_bytes:>9.3%}{quantize.call_count:>8}"
+            f"{packed_after - start:>8.0f}{time.process_time() - packed_after:>9.1f}",
+            flush=True,
+        )
+        first = first or Path(hp.artifact)
+    print()
+    compare_packers(first)
 
 
 # --- Throughput -----------------------------------------------------------------------------------
@@ -283,9 +399,8 @@ TOY = dict(
     max_wallclock_seconds=0.0,
     warmup_steps=1,
     ema_decay=0.95,
-    matrix_clip_sigmas=6.0,
-    mlp_clip_sigmas=6.0,
-    embed_clip_sigmas=12.0,
+    artifact_target_bytes=0,
+    rounding_step=1e-6,  # all are clipped at 6 deviations: trainings are compared
     gptq_calibration_batches=16,
     eval_mode="sliding",
     eval_seq_len=512,
@@ -510,8 +625,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
-    benches = bench_delta, bench_size, bench_throughput, bench_floor, bench_systems
-    for bench in (*benches, bench_evaluation):
+    benches = bench_delta, bench_size, bench_packing, bench_fit, bench_throughput, bench_floor
+    for bench in (*benches, bench_systems, bench_evaluation):
         name = bench.__name__.removeprefix("bench_")
         what.add_argument(f"--{name}", dest="bench", action="store_const", const=bench)
     seeded = ", ".join(SEEDED)

@@ -31,7 +31,6 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
-import brotli
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -39,8 +38,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "systems")]
-import train_gpt as t  # noqa: E402  (the paths come first)
+sys.path[:0] = [str(ROOT), str(ROOT / "systems"), str(ROOT / "tools")]
+import bench  # noqa: E402  (the paths come first)
+import dataset  # noqa: E402
+
+import train_gpt as t  # noqa: E402
 
 ENV_FILE = Path("logs/check.env")
 MIB, GIB = 1 << 20, 1 << 30
@@ -320,9 +322,11 @@ def read_validation(job) -> None:
 
 
 def files(job) -> Row:
-    """Against stats.json; where there is none, `validation` has encoded its text again."""
+    """Against stats.json; where there is none, by encoding the text again."""
     t.check_files(job.hp)
     count = len(t.described(job.hp))
+    if wrong := dataset.undescribed_by(Path(job.hp.data_path), Path(job.hp.tokenizer_path)):
+        raise ValueError(wrong)
     found = f"{count} with the sums of stats.json" if count else "not described by a stats.json"
     return Row(found, "shards and tokenizer as they were made")
 
@@ -721,36 +725,37 @@ def final_pass(job) -> Row:
 
 
 def gptq(job) -> Row:
-    """One tensor of each shape and precision, times their number."""
+    """One tensor of each shape and number of bits, times their number."""
     kinds, device = job.model.kinds, t.world.device
     named = [(n, p) for n, p in job.model.named_parameters() if kinds[n] != t.SCALAR]
-    counts = collections.Counter((tuple(p.shape), job.model.precision(n)) for n, p in named)
+    counts = collections.Counter((tuple(p.shape), job.model.bits(n)) for n, p in named)
     took = 0.0
-    for (shape, precision), count in counts.items():
+    for (shape, bits), count in counts.items():
         W, X = torch.randn(shape, device=device), torch.randn(2 * shape[1], shape[1], device=device)
-        took += count * seconds_of(lambda W=W, X=X, p=precision: t.gptq_quantize(W, X.mT @ X, *p))
+        took += count * seconds_of(lambda W=W, X=X, b=bits: t.gptq_quantize(W, X.mT @ X, b, 12.0))
     job.seconds["gptq"] = took
     return Row(f"{took:.1f} s for {len(named)} tensors of {len(counts)} kinds", "")
 
 
 def packing(job) -> Row:
-    """Normal values quantized and compressed, a part of each precision: of no other values with the
+    """Normal values quantized and range coded, a part of each kind: of no other values with the
     same deviation is the entropy larger."""
     model, values, half = job.model, collections.Counter(), 0
     for name, p in model.named_parameters():
         is_scalar = model.kinds[name] == t.SCALAR
         half += p.numel() if is_scalar else len(p)
         if not is_scalar:
-            values[model.precision(name)] += p.numel()
-    size, took = 2 * half + 2048, 0.0  # 2048: the JSON text
+            values[model.bits(name), bench.CLIP_SIGMAS[model.kinds[name]]] += p.numel()
+    job.rest_bytes = size = 2 * half + 2048  # what is not range coded; 2048: the JSON text
+    took = 0.0
     for (bits, clip_sigmas), count in values.items():
         part = min(MIB, count)
         rows = torch.randn(max(1, part // 1024), 1024)
         if isinstance(bits, Tensor):  # of each row: as many of each kind
             bits = bits.cpu()[torch.linspace(0, len(bits) - 1, len(rows)).long()]
-        data = t.gptq_quantize(rows, torch.eye(1024), bits, clip_sigmas)[0].numpy().tobytes()
+        data = t.gptq_quantize(rows, torch.eye(1024), bits, clip_sigmas)[0].numpy().ravel()
         start = time.perf_counter()
-        packed = len(brotli.compress(data, quality=11, lgwin=24))
+        packed = len(t.range_code([data])[1])
         took += (time.perf_counter() - start) * count / len(data)
         size += packed * count / len(data)
     job.seconds["packing"], job.artifact_bytes = agree(took), int(size)
@@ -791,10 +796,13 @@ def evaluation_forecast(job) -> Row:
 
 def size_forecast(job) -> Row:
     code = sum(path.stat().st_size for path in t.code_files())
-    total = job.artifact_bytes + code
-    found = f"{job.artifact_bytes:,} + {code:,} of code = {total:,} bytes"
-    remedy = "MLP_MULT or MODEL_DIM smaller, or MATRIX_CLIP_SIGMAS and MLP_CLIP_SIGMAS larger"
-    return Row(found, f"{t.SIZE_LIMIT:,}", total <= t.SIZE_LIMIT, remedy)
+    total, limit = job.artifact_bytes + code, job.hp.artifact_target_bytes or t.SIZE_LIMIT
+    found = f"{job.artifact_bytes:,} + {code:,} of code = {total:,} bytes, of usual steps"
+    if job.hp.artifact_target_bytes or total > limit:
+        found = f"at most {limit:,} bytes, {code:,} of them code: steps are chosen for {limit:,}"
+    least = job.rest_bytes + code  # of the coarsest steps
+    remedy = f"{least:,} are not quantized: MODEL_DIM smaller, or ARTIFACT_TARGET_BYTES larger"
+    return Row(found, f"{limit:,}", least <= limit, remedy)
 
 
 def total_forecast(job) -> Row:
@@ -804,7 +812,7 @@ def total_forecast(job) -> Row:
     warm_up = sum(job.first) + (hp.warmup_steps - 1) * sum(job.steps) + s["one_hessian"]
     compiled = sum(job.compile.values())
     before = s["start"] + s["validation"] + s["documents"] + warm_up
-    packed = s["gptq"] + s["packing"]
+    packed = (5 if hp.artifact_target_bytes else 1) * (s["gptq"] + s["packing"])  # passes of `fit`
     scored = compiled + 3 * s["blocks"] + s["final"] + sample
     total = before + s["training"] + packed + scored
     found = f"{total:,.0f} s: before the clock {before:.0f} (warm-up {warm_up:.0f}), training "

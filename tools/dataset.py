@@ -1,6 +1,8 @@
 """What a run reads: shards, tokenizer, and what stats.json says of them. For verify.py, without
 train_gpt.py or data/prepare.py.
 
+    python tools/dataset.py DATA TOKENIZER    # where nothing describes the shards: is it theirs?
+
 Checks get the verifier's job: data, training, text and stats are read; they leave in it seen, the
 tokens and sha256 of each shard, and found, the validation documents that stand in the training
 shards.
@@ -194,6 +196,14 @@ class Text:
                 different += [number - 1] * (ids != again)
         return different
 
+    def by_another_tokenizer(self) -> str:
+        """In words, or "" if the shards are of this one."""
+        if len(self.reencoded) <= MAX_REENCODED * len(self.starts):
+            return ""
+        found = f"{len(self.reencoded)} of {len(self.starts)} documents are other tokens"
+        how = "when decoded and encoded again: made by another tokenizer"
+        return f"{found} {how}; {self.told(self.reencoded[0])}"
+
     def told(self, number: int) -> str:
         """A document in words, by its number from 0; ASCII, for any terminal."""
         start, end = [*self.starts.tolist(), len(self.ids)][number : number + 2]
@@ -293,10 +303,8 @@ def wrong_data(job) -> Iterator[str]:
         job.seen[path.name] = len(ids_in(path, raw)), sha256(raw)
     if sidecar and len(text.ids) != (n := sum(job.seen[path.name][0] for path in sidecar)):
         yield f"{sidecar[0]} and further: bytes of {n} tokens, there are {len(text.ids)}"
-    if len(text.reencoded) > MAX_REENCODED * len(text.starts):
-        first = text.told(text.reencoded[0])
-        found = f"{len(text.reencoded)} of {len(text.starts)} documents are other tokens"
-        yield f"{found} when decoded and encoded again: made by another tokenizer; {first}"
+    if wrong := text.by_another_tokenizer():
+        yield wrong
     size = int(text.sizes.sum())
     if "fineweb" in str(job.data) and len(text.starts) == OFFICIAL_DOCUMENTS and not text.official:
         found = f"{OFFICIAL_DOCUMENTS} documents, {size} bytes"
@@ -326,3 +334,25 @@ def check_overlap(job) -> tuple[bool, str]:
     own = {"validation_documents_in_training": found, "validation_documents": total}
     figures = f"{found} of {total} documents in {len(job.training)} shards, stats.json: {told}"
     return found <= MAX_OVERLAP * total and told in (None, own), figures
+
+
+def undescribed_by(data: Path, tokenizer: Path) -> str:
+    """What is wrong with a tokenizer of shards that nothing describes, in a line that names it.
+    Raises: OSError, ValueError naming the file."""
+    stats = data / "stats.json"
+    if stats.is_file() and "files" in read_stats(stats):
+        return ""  # there a run compares sha256
+    wrong = Text(data, tokenizer).by_another_tokenizer()
+    return wrong and f"TOKENIZER_PATH={tokenizer}: {data}: {wrong}"
+
+
+def main(argv: list[str]) -> str:
+    try:
+        wrong = undescribed_by(*map(Path, argv))
+    except (OSError, ValueError) as error:
+        wrong = str(error)
+    return wrong and f"run.sh: {wrong}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]) or 0)

@@ -256,7 +256,8 @@ def stack(module, layout: str) -> tuple[tuple[Part, Part], int]:
     if hasattr(hp, "parallel_start_layer"):
         hp.parallel_start_layer = 0
     forward, backward, _ = train_parts(module, hp, 1.0)
-    return (forward, backward), len(t.parse_layout(layout, hp.kinds)[1])
+    passes = getattr(hp, "order_of_passes", hp.block_kinds)
+    return (forward, backward), len(passes())
 
 
 if __name__ == "__main__":

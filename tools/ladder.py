@@ -7,7 +7,7 @@
 the best of all of these with another seed, on the next rung, and so on. It can be stopped at any
 time: a run that had begun goes on from its last checkpoint, one that had ended is a line of
 logs/ladder.jsonl. The candidates are toys, 128 wide, of tools/variants.py or a system: as wide an
-MLP as the bytes of the present record's toy allow.
+MLP as the bytes of the reference's toy allow.
 """
 
 import argparse
@@ -49,10 +49,12 @@ TOY = dict(  # a quarter of the record in width, heads and their size; its rates
     num_kv_heads=2,
     head_dim=32,
     rope_dims=8,
+    smear_dims=12,  # which the record had when the ladder began
     max_wallclock_seconds=0.0,
     gptq_reserve_seconds=0.0,
     warmup_steps=1,
     train_log_every=10,
+    artifact_target_bytes=0,
     gptq_calibration_batches=8,
     eval_mode="sliding",
     eval_stride=2048,
@@ -62,14 +64,16 @@ TOY = dict(  # a quarter of the record in width, heads and their size; its rates
 )
 NARROW = dict(gdn_heads=2)  # of the record's size: 4 heads of 64
 GROUPED = dict(gdn_heads=2, gdn_key_heads=1)  # 2 key heads, 4 value heads (#1895)
+SHARED = dict(layout="G5 S G5 S=5")  # of #1545
+REFERENCE = SHARED | dict(mlp_mult=2.5)  # which the record was when the ladder began
 LAYOUTS = {
-    "G5 S G5 S=5": {},
+    "G5 S G5 S=5": SHARED,
     "G3 S x3": dict(layout="G3 S G3 S G3 S"),
     "G2 S x4": dict(layout="G2 S G2 S G2 S G2 S"),
     "G S x6": dict(layout="G S G S G S G S G S G S"),
     "G11": dict(layout="G11"),
     "S11": dict(layout="S11"),
-    "G5 S G5 S=5, narrow": NARROW,
+    "G5 S G5 S=5, narrow": SHARED | NARROW,
     "G3 S x3, narrow": dict(layout="G3 S G3 S G3 S", **NARROW),
     "G2 S x4, narrow": dict(layout="G2 S G2 S G2 S G2 S", **NARROW),
     "G S x6, narrow": dict(layout="G S G S G S G S G S G S", **NARROW),
@@ -120,7 +124,7 @@ def module_of(candidate: str):
 
 @cache
 def target_bytes() -> float:
-    return sum(bench.estimated_bytes(variants.Hyperparameters(**TOY), variants))
+    return sum(bench.estimated_bytes(variants.Hyperparameters(**TOY | REFERENCE), variants))
 
 
 def toy_of(candidate: str):
@@ -153,7 +157,8 @@ def settings_of(run: Run) -> dict[str, str]:
     hp.iterations = run.tokens // hp.train_batch_tokens
     values = {name: int(x) if isinstance(x, bool) else x for name, x in asdict(hp).items()}
     texts = {name.upper(): str(value) for name, value in values.items() if name not in PATHS}
-    return texts | dict(RESUME="auto", CHECKPOINT_EVERY="60")
+    target = round(target_bytes()) + sum(path.stat().st_size for path in t.code_files())
+    return texts | dict(ARTIFACT_TARGET_BYTES=str(target), RESUME="auto", CHECKPOINT_EVERY="60")
 
 
 # --- Runs -----------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there with PYTHONSAFEPATH
 from dataset import Text, one_line, read_file, read_stats, sha256  # noqa: E402  (the path is first)
-from packed import read_packed, read_state, unpack  # noqa: E402
+from packed import entropy_bytes, group_of, read_packed, read_state, unpack  # noqa: E402
 from page import Page  # noqa: E402
 from rules import SIZE_LIMIT  # noqa: E402
 from scored import Scored  # noqa: E402
@@ -67,7 +67,8 @@ STYLE = {
     "svg.fonttype": "none",  # text is text: small files
     "svg.hashsalt": "plot",
 }
-EXACT_BYTES = 2_000_000  # up to here brotli packs as the program does; more takes 1.8 s a MB
+# groups of what brotli packs; all others are range coded
+SETTINGS, SCALES, HALVES = "settings, counts", "scales of rows", "unquantized, float16"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -352,40 +353,27 @@ def compressors_of(runs: list[Shown], folder: Path | None) -> dict[str, float]:
     return {names.get(name, name): float(bpb) for name, bpb in found.items()}
 
 
-def group_of(name: str, names: set[str]) -> str:
-    """Of a quantized tensor, by its name."""
-    if name.startswith("tok_emb"):
-        return "embedding, also output"
-    if match := re.search(r"mlp\.(up|down)_proj", name):
-        return f"MLP, {match[1]}"
-    if match := re.match(r"(.*\bmixer\.)", name):
-        return "Gated DeltaNet" if f"{match[1]}A_log" in names else "attention"
-    return "n-gram table" if name.startswith("ngram.") else "other matrices"
-
-
 def groups_of(artifact: Path, state_path: Path) -> dict[str, bytes]:
-    """All bytes that brotli packed, by group, in the order of the artifact. Raises: OSError,
-    ValueError naming the file."""
-    state, body = read_state(state_path), unpack(artifact)
+    """All that is packed, by group, in the order of the artifact but for the values of quantized
+    tensors, which come first. Raises: OSError, ValueError naming the file."""
+    state, parts = read_state(state_path), unpack(artifact)
     packed, names = read_packed(artifact, state), set(state["weights"])
-    groups = {"settings": [body[: 4 + int.from_bytes(body[:4], "little")]]}
-    for name in state["weights"]:
-        if name in packed:
-            groups.setdefault(group_of(name, names), []).append(packed[name].q.tobytes())
+    groups = {}
+    for name, (q, _) in packed.items():
+        groups.setdefault(group_of(name, names), []).append(q.tobytes())
+    groups[SETTINGS] = [parts.text + b"\n"]
     for name, w in state["weights"].items():
         is_scale = name in packed
         half = packed[name].scale.astype(np.float16) if is_scale else w.detach().half().numpy()
-        kind = "scales of rows" if is_scale else "unquantized, float16"
-        groups.setdefault(kind, []).append(half.tobytes())
+        groups.setdefault(SCALES if is_scale else HALVES, []).append(half.tobytes())
     return {name: b"".join(parts) for name, parts in groups.items()}
 
 
 def packed_sizes(groups: dict[str, bytes], size: int) -> dict[str, float]:
-    """Of each group its part of the artifact's bytes: what brotli makes of it alone, scaled."""
-    quality = 11 if sum(map(len, groups.values())) <= EXACT_BYTES else 4
-    alone = {
-        name: len(brotli.compress(raw, quality=quality, lgwin=24)) for name, raw in groups.items()
-    }
+    """Of each group its part of the artifact's bytes: what it takes alone, scaled."""
+    alone = {name: entropy_bytes(raw) for name, raw in groups.items()}
+    for name in alone.keys() & {SETTINGS, SCALES, HALVES}:
+        alone[name] = len(brotli.compress(groups[name], quality=11, lgwin=24))
     return {name: n * size / sum(alone.values()) for name, n in alone.items()}
 
 
@@ -408,7 +396,7 @@ def draw_artifact(run: Shown, artifact: Path):
         axis.text(max(before, n) + largest / 90, y, text, va="center")
     axis.set_yticks(range(len(rows)), [row[0] for row in rows], color="black")
     axis.tick_params(axis="y", length=0)
-    axis.set(xlim=(0, largest * 1.24), xlabel="dark: packed by brotli, its share; light: before")
+    axis.set(xlim=(0, largest * 1.24), xlabel="dark: packed, its share; light: before")
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: in_bytes(value)))
     return figure

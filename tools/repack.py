@@ -4,14 +4,16 @@
     python tools/repack.py final_model.int6.ptz --train-script systems/NAME.py    # another system's
 
 Reads ARTIFACT.trained.pt. The log is logs/RUN_ID.repacked.txt; it ends with the figures of the
-whole run. Variables that say how an artifact is scored are read, as by EVAL_ONLY.
+whole run. Variables that say how an artifact is scored are read, as by EVAL_ONLY, and those that
+say how it is packed: ARTIFACT_TARGET_BYTES, ROUNDING_STEP and bits.
 """
 
 import argparse
 import importlib
 import os
+import re
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -66,6 +68,17 @@ def restore(model, weights: dict, path: Path) -> None:
             p.copy_(weights[name])
 
 
+PACKING = re.compile(r"artifact_target_bytes|rounding_step|.*_bits")
+
+
+def with_packing_of(env, trained):
+    """The hyperparameters with variables of packing. Raises: ValueError naming the variable."""
+    names = [f.name for f in fields(trained) if PACKING.fullmatch(f.name)]
+    given = {name.upper(): env[name.upper()] for name in names if name.upper() in env}
+    as_given = type(trained).from_env(given)
+    return replace(trained, **{name.lower(): getattr(as_given, name.lower()) for name in given})
+
+
 def repack(path: Path, artifact: Path, module, run_id: str = "", **more) -> None:
     """path: the state; module: train_gpt or the system's; more: of the figures. The log is that of
     run_id, or one of its own. Raises: ValueError naming the file; RuntimeError if a check fails,
@@ -73,7 +86,8 @@ def repack(path: Path, artifact: Path, module, run_id: str = "", **more) -> None
     state, trained = as_trained(path, module)
     hp_class, model_class = module.Hyperparameters, module.GPT
     own = dict(run_id=run_id or f"{trained.run_id}.repacked", artifact=str(artifact))
-    hp = hp_class.from_env(os.environ, artifact=replace(trained, **own))
+    packed_as = with_packing_of(os.environ, replace(trained, **own))
+    hp = hp_class.from_env(os.environ, artifact=packed_as)
     audit, code = t.Audit(), t.code_files()
     audit.checks |= state["checks"]
     torch.manual_seed(hp.seed)

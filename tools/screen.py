@@ -28,11 +28,10 @@ EVERY = 30.0  # seconds
 # in logs/demo.txt 5 s of Hessians, 21 of the final pass, 9 of other scoring and 135 of the verifier
 # beside steps of 0.37 s
 REST, TELL_AT = 460, 10
-NAMES = {"targets": "scoring", "gptq": "quantizing"}  # of passes, as they are logged
 
 SETTING = re.compile(r"^  (\w+): (\S+)$")
 STEP = re.compile(r"^step:(\d+)/\d+ train_loss:(\S+) train_time:(\d+)ms")
-PASS = re.compile(r"^(\w+):(\d+)/(\d+) time:(\d+)s$")
+PASS = re.compile(r"^targets:(\d+)/(\d+) time:(\d+)s$")
 
 
 class Stage(NamedTuple):
@@ -70,7 +69,7 @@ class Reader:
             elif match := STEP.match(line):
                 return self.training(int(match[1]), match[2], int(match[3]) / 1000)
             elif match := PASS.match(line):
-                return self.a_pass(match[1], *(int(number) for number in match.groups()[1:]))
+                return self.scoring(*map(int, match.groups()))
         except (ArithmeticError, LookupError):  # nothing is known yet
             pass
         return None
@@ -93,9 +92,8 @@ class Reader:
         rate = f"{batch * step / seconds:,.0f} tokens/s"
         return Stage("training", share, seconds, f"step {step}, loss {loss}", rate)
 
-    def a_pass(self, name: str, done: int, total: int, seconds: int) -> Stage:
-        rate = f"{done / seconds:,.0f} tokens/s" if name == "targets" else ""
-        return Stage(NAMES.get(name, name), done / total, seconds, "", rate)
+    def scoring(self, done: int, total: int, seconds: int) -> Stage:
+        return Stage("scoring", done / total, seconds, "", f"{done / seconds:,.0f} tokens/s")
 
 
 def lines(file: int, pause: float) -> Iterator[str | None]:

@@ -139,6 +139,7 @@ TOY = dict(
         "HEAD_DIM=16 ROPE_DIMS=8 WINDOW_SIZE=40 NGRAM_VOCAB_SIZE=256 NGRAM_DIM=16 TRAIN_SEQ_LEN=64 "
         "TRAIN_BATCH_TOKENS=1536 GRAD_ACCUM_STEPS=3 ITERATIONS=5 WARMUP_STEPS=1 "
         "CURRICULUM=0:1x64 MAX_WALLCLOCK_SECONDS=0 GPTQ_RESERVE_SECONDS=0 EVAL_SECONDS=0 "
+        "ARTIFACT_TARGET_BYTES=0 "
         "EVAL_SEQ_LEN=64 EVAL_STRIDE=32 EVAL_CHUNK=16 EVAL_ROWS=4 VAL_BATCH_SIZE=256 "
         "TTT_LORA_RANK=4 TTT_CHUNK_TOKENS=64 OMP_NUM_THREADS=1 SHAKEDOWN_STEPS=3"
     ).split()
@@ -885,6 +886,8 @@ def losses_of(t, module, hp, steps: int) -> tuple:
 
 def repeat() -> None:
     """Training twice, a pass that learns twice, and one artifact on the CPU and on the GPU."""
+    import torch
+
     t, module = program()[1:]
     hp = replace(settings(module), eval_mode="stream", ttt="lora", eval_seconds=0.0)
     steps = steps_to_take(20)
@@ -898,9 +901,10 @@ def repeat() -> None:
     )
     path = FOLDER / f"repeat.{os.getpid()}.ptz"
     path.parent.mkdir(parents=True, exist_ok=True)
-    compress = t.brotli.compress  # the best compression of 16 MB takes minutes
-    with mock.patch.object(t.brotli, "compress", lambda data, **_: compress(data, quality=1)):
-        t.save_artifact(path, model, hp)
+    names = [name for name, kind in model.kinds.items() if kind != t.SCALAR]
+    sizes = {name: p.shape[1] for name, p in model.named_parameters() if name in names}
+    eyes = {name: torch.eye(size, device=t.world.device) for name, size in sizes.items()}
+    t.save_artifact(path, model, hp, t.quantize(model, eyes, hp.rounding_step))  # to nearest
     try:
         compare_passes(t, module, hp, path)
     finally:

@@ -62,10 +62,7 @@ MEANINGS = {
     "adam_eps": "of AdamW",
     "train_log_every": "steps; the first ten are logged too",
     "matrix_bits": "bits of a quantized weight of a matrix",
-    "matrix_clip_sigmas": "clipped at so many standard deviations of its row: mixers",
-    "mlp_clip_sigmas": "and MLPs",
     "embed_bits": "bits of a quantized weight of the embedding",
-    "embed_clip_sigmas": "as MATRIX_CLIP_SIGMAS, of the embedding",
     "eval_stride": "tokens that a sliding window scores",
     "ttt_lora_lr": "learning rate of the adapters, by AdamW",
     "ttt_lora_rank": "rank of an adapter",
@@ -113,9 +110,9 @@ OTHERS = [
 
 @cache
 def systems() -> dict[str, Path]:
-    """By name: the record and the files of systems/ that have a Hyperparameters of their own."""
+    """By name: the record and the files of systems/ whose Hyperparameters name a system."""
     paths = sorted((ROOT / "systems").glob("*.py"))
-    own = [path for path in paths if "class Hyperp" in path.read_text("utf-8")]
+    own = [path for path in paths if "\n    system = " in path.read_text("utf-8")]
     return {"record": RECORD} | {path.stem: path for path in own}
 
 
@@ -127,6 +124,12 @@ def source_of(script: Path) -> tuple[ast.Module, ast.ClassDef, str]:
     return tree, next(node for node in classes if node.name == "Hyperparameters"), text
 
 
+def bases_of(script: Path) -> list[Path]:
+    """The files beside it whose Hyperparameters it builds on."""
+    modules = [base.value.id for base in source_of(script)[1].bases if hasattr(base, "value")]
+    return [path for path in (script.with_name(f"{name}.py") for name in modules) if path.is_file()]
+
+
 @cache
 def namespace_of(script: Path) -> dict:
     """Hyperparameters without its methods, and what of the file its fields need."""
@@ -135,7 +138,10 @@ def namespace_of(script: Path) -> dict:
     if script != RECORD:
         names |= namespace_of(RECORD)
         names["train_gpt"] = SimpleNamespace(**names)
+    for path in bases_of(script):
+        names[path.stem] = SimpleNamespace(**namespace_of(path))
     body = [x for x in node.body if isinstance(x, (ast.Assign, ast.AnnAssign))]
+    body = body or [ast.Pass()]
     stripped = ast.ClassDef("Hyperparameters", node.bases, [], body, node.decorator_list)
     used = {x.id for x in ast.walk(stripped) if isinstance(x, ast.Name)}
     needed = [x for x in tree.body if used & names_defined(x)]
@@ -170,10 +176,17 @@ def comments_of(script: Path) -> tuple[dict[str, str], dict[str, str]]:
     return meanings, groups
 
 
-def rules_of(script: Path, hp_class: type) -> list[tuple[str, str]]:
+def replaced_in(script: Path) -> set[str]:
+    """The methods of its class that do not call those of the same name that it inherits."""
+    methods = [x for x in source_of(script)[1].body if isinstance(x, ast.FunctionDef)]
+    return {x.name for x in methods if f"super().{x.name}(" not in ast.unparse(x)}
+
+
+def rules_of(script: Path, hp_class: type, without: set[str]) -> list[tuple[str, str]]:
     """Fields and what the methods of the class expect of them, as they say it when they refuse."""
     names, rules = {f.name for f in fields(hp_class)}, []
-    for node in ast.walk(source_of(script)[1]):
+    methods = [x for x in source_of(script)[1].body if getattr(x, "name", "") not in without]
+    for node in (node for method in methods for node in ast.walk(method)):
         parts = node.elts if isinstance(node, ast.Tuple) else getattr(node, "args", [])
         if isinstance(parts, list) and len(parts) == 3 and isinstance(parts[0], ast.Constant):
             name, text = parts[0].value, words_of(parts[2], hp_class)
@@ -230,8 +243,10 @@ def hyperparameters(script: Path, preset: str = "record") -> list[Variable]:
     if script != RECORD:
         own, _ = comments_of(script)
         meanings |= own
-    for path in dict.fromkeys((RECORD, script)):
-        rules += [rule for rule in rules_of(path, hp_class) if rule not in rules]
+    paths = [*dict.fromkeys((RECORD, *bases_of(script), script))]
+    for i, path in enumerate(paths, 1):
+        replaced = set().union(*map(replaced_in, paths[i:]))
+        rules += [rule for rule in rules_of(path, hp_class, replaced) if rule not in rules]
     given = read_preset(system, preset) | {"preset": preset}
     for f in fields(hp_class):
         value = given.get(f.name, f.default)

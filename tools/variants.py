@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / name) for name in (".", "systems")]
 import layers  # noqa: E402  (the paths come first)
+import layouts  # noqa: E402
 import parts  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -19,11 +20,12 @@ from train_gpt import bounded  # noqa: E402
 
 
 @dataclass
-class Hyperparameters(t.Hyperparameters):
+class Hyperparameters(layouts.Hyperparameters):
     system = "variants"
     conv_size: int = bounded(4, 0, 4)  # of Gated DeltaNet; 0 = SiLU alone
     o_norm: bool = True  # of Gated DeltaNet: each head's output is normalised
     gdn_key_heads: int = 0  # each for as many of the GDN_HEADS value heads; 0 = GDN_HEADS
+    smear_dims: int = 0  # inputs of the SmearGate (#1855); 0 = off
     attn_gate_dims: int = 0  # of a gate on each attention head (#1787); 0 = off
     unet_skips: bool = False  # gated, from the first half of the passes to the second (#1787)
     ln_scale: bool = False  # block i reads its inputs over sqrt(i + 1) (#1787)
@@ -60,10 +62,11 @@ def blocked_window_attention(q, k, v, window: int, doc: Tensor, most: int) -> Te
     return y.transpose(1, 2).unflatten(0, (doc.shape[0], -1)).flatten(1, 2)[:, :T]
 
 
-class GPT(layers.LateLoop, parts.UNet):
+class GPT(layers.SmearGate, parts.UNet, layouts.LateLoop):
     param_rules = (
         layers.CONV_RULE,
         (r"attn_gate$", t.SCALAR, t.ZEROS),
+        *layers.SmearGate.param_rules[:1],
         *parts.UNet.param_rules,
     )
 

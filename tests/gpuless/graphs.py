@@ -36,7 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "systems")]
 import train_gpt  # noqa: E402  (the paths come first)
 
 SHORT = dict(
-    train_gpt=dict(layout="G S S=1"),
+    train_gpt=dict(layout="G S"),
     baseline=dict(layout="A2"),
     gdn_hybrid=dict(layout="G S S=1"),
     kv_share=dict(layout="G2", ttt_freeze_blocks=1),
