@@ -54,7 +54,7 @@ def test_the_demo_is_that_of_its_logs():
     check = (LOGS / "demo.check.txt").read_text("utf-8")
     steps, size = re.findall(r"^ok +forecast: (?:training|bytes) .*", check, re.M)
     assert int(re.findall(r"[\d,]+", forecast)[0].replace(",", "")) == int(steps.split()[3])
-    assert f"| {size.split(' = ')[1].split()[0]} |" in forecast
+    assert f"| {re.search(r'([0-9,]+) bytes', size)[1]} |" in forecast
 
 
 def test_a_step_takes_what_the_log_says():

@@ -313,8 +313,9 @@ def trained_like(model: t.GPT) -> dict[str, torch.Tensor]:
 
 
 def bench_fit(args) -> None:
-    """On weights that were not trained; then the packers, on the artifact of the first."""
+    """On weights that were not trained, one core; then the packers, on the first artifact."""
     folder, first = Path(tempfile.mkdtemp()), None
+    torch.set_num_threads(1)
     names = f"{'target':>12}{'bytes':>12}{'below':>9}{'passes':>8}{'CPU, s':>8}{'load, s':>9}"
     print(f"{'system':<14}{'parameters':>12}{names}", flush=True)
     for system in SYSTEMS:

@@ -160,7 +160,7 @@ def table_of_the_demo() -> Iterator[str]:
     last = find(r"^step:.* train_time:(\d+)ms", "demo.txt", text)[1]
     steps, seconds = find(r"forecast: training +(\d+) steps in (\d+) s", "demo.check.txt").groups()
     scoring = find(r"forecast: final pass +(\d+) s", "demo.check.txt")[1]
-    size = find(r"forecast: bytes .* = ([\d,]+) bytes", "demo.check.txt")[1]
+    size = find(r"forecast: bytes .*?([\d,]+) bytes", "demo.check.txt")[1]
     parameters = int(find(r"^model_params:(\d+)$", "demo.txt", text)[1])
     checks = find(r"^verify: all (\d+) passed$", "demo.verify.txt")[1]
     yield head("", "steps", "training, final pass", *SCORES, "artifact + code, bytes", "verifier")
@@ -200,43 +200,6 @@ def table_of_sizes() -> Iterator[str]:
         layout = f"`{bench.module_of(name).Hyperparameters().layout}`"
         megabytes = f"{number(estimate) / 1e6:.2f} MB"
         yield row(system(name), layout, bench.PUBLISHED[name], parameters, megabytes)
-
-
-FIT = "bench_fit.txt"
-
-
-def table_of_targets() -> Iterator[str]:
-    """What packing to a target ends at, at full size, on weights that were not trained."""
-    figure, others = r" +([\d,]+)", r" +(\S+%) +(\d+) +(\d+) +(\S+)$"
-    rows = re.findall(rf"^(\w+){3 * figure}{others}", read(FIT), re.M)
-    yield head("system", "parameters", "target", "bytes", "below", "passes", "CPU", "loading")
-    for name, *figures, passes, packing, loading in rows:
-        yield row(system(name), *figures, passes, f"{packing} s", f"{loading} s")
-
-
-def table_of_packers() -> Iterator[str]:
-    """The same integers by each."""
-    entropy = find(r"([\d,]+) values, entropy ([\d,]+) bytes", FIT)
-    rows = re.findall(r"^(\w[\w ]+?) +([\d,]+) +(\S+%) +(\S+) +(\S+)$", read(FIT), re.M)
-    what = f"{entropy[1]} values, entropy {entropy[2]} bytes"
-    yield head(what, "bytes", "above", "packing", "loading")
-    for name, size, above, packing, loading in rows:
-        yield row(name, size, above, f"{packing} s", f"{loading} s")
-
-
-def table_of_rounding() -> Iterator[str]:
-    """Bits per byte that each way loses: a column for each artifact and size."""
-    ways, columns = {}, []
-    for line in read("rounding.txt").splitlines():
-        if line.endswith(".ptz"):
-            columns.append(line.removesuffix(".ptz"))
-        elif figures := re.match(r"  (\w.*?) +([\d,]+) +\S+ +\S+ +(\S+)$", line):
-            way, size, loss = figures.groups()
-            ways.setdefault(way, []).append(loss)
-            columns[-1] = f"{columns[-1].split(',')[0]}, {size} bytes"
-    yield head("", *columns)
-    for way, losses in ways.items():
-        yield row(way, *losses)
 
 
 def table_of_speed() -> Iterator[str]:
@@ -420,9 +383,6 @@ BLOCKS = dict(
     demo=table_of_the_demo,
     attention=attention_alone,
     sizes=table_of_sizes,
-    targets=table_of_targets,
-    packers=table_of_packers,
-    rounding=table_of_rounding,
     speed=table_of_speed,
     graphs=table_of_graphs,
     floors=table_of_floors,

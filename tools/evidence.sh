@@ -8,12 +8,11 @@
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.."
 root=$PWD
-targets=(demo attention size fit delta graphs floor kernels faults tests)
+targets=(demo attention size delta graphs floor kernels faults tests)
 declare -A makes=(
     [demo]="demo.check.txt demo.txt demo.verify.txt"
     [attention]=attention.txt
     [size]=bench_cpu.txt
-    [fit]=bench_fit.txt
     [delta]=bench_delta.txt
     [graphs]=gpuless_graphs.txt
     [floor]=floor.txt
@@ -69,7 +68,6 @@ make_attention() {
     note attention.txt $((SECONDS - start)) "RUN_ID=attention LAYOUT=S6 ./run.sh"
 }
 make_size() { printed bench_cpu.txt "$python" tools/bench.py --size; }
-make_fit() { printed bench_fit.txt "$python" tools/bench.py --fit; }
 make_delta() { printed bench_delta.txt "$python" tools/bench.py --delta; }
 make_graphs() { printed gpuless_graphs.txt "$python" tests/gpuless/graphs.py --full; }
 make_floor() { printed floor.txt "$python" tools/floor.py --fast; }

@@ -24,6 +24,7 @@ import packed  # noqa: E402  (the paths come first)
 import repack  # noqa: E402
 
 import train_gpt as t  # noqa: E402
+from train_gpt import gptq_quantize  # noqa: E402
 
 
 def uncorrelated(name: str, H: torch.Tensor) -> torch.Tensor:
@@ -39,15 +40,15 @@ def by_row(W: torch.Tensor, H: torch.Tensor, bits, clip_sigmas: torch.Tensor):
     """Steps in proportion to the deviation of each row, instead of one for the tensor."""
     deviation = W.std(1)
     step = (clip_sigmas * deviation).min()  # of rows that are not clipped
-    return t.gptq_quantize(W, H, bits, (step / deviation.square().mean().sqrt()).clamp(min=6.0))
+    return gptq_quantize(W, H, bits, (step / deviation.square().mean().sqrt()).clamp(min=6.0))
 
 
 WAYS = {  # what becomes of the Hessians, of gptq_quantize, of the hyperparameters
-    "as the record": (lambda name, H: H, t.gptq_quantize, {}),
-    "to the nearest": (uncorrelated, t.gptq_quantize, {}),
+    "as the record": (lambda name, H: H, gptq_quantize, {}),
+    "to the nearest": (uncorrelated, gptq_quantize, {}),
     "a step for each row": (lambda name, H: H, by_row, {}),
-    "the embedding counted once": (read_once, t.gptq_quantize, {}),
-    "8 bits for all": (lambda name, H: H, t.gptq_quantize, dict(matrix_bits=8, embed_bits=8)),
+    "the embedding counted once": (read_once, gptq_quantize, {}),
+    "8 bits for all": (lambda name, H: H, gptq_quantize, dict(matrix_bits=8, embed_bits=8)),
 }
 
 
