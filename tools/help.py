@@ -44,7 +44,7 @@ def lines_of(variable: variables.Variable, width: int) -> Iterator[str]:
     setting = f"  {variable.name}={variable.default}"
     indent = SETTING + EXPECTED
     rest = textwrap.wrap(variable.meaning, width - indent, break_long_words=False) or [""]
-    first = f"{variable.expected:{EXPECTED}}{rest[0]}".rstrip()
+    first = f"{variable.expected:{EXPECTED - 1}} {rest[0]}".rstrip()
     if len(setting) < SETTING:
         yield f"{setting:{SETTING}}{first}"
     else:
