@@ -123,6 +123,7 @@ clean() {
 
 make() {
     copy=$(mktemp -d "${TMPDIR:-/tmp}/evidence.XXXXXX")
+    chmod 755 "$copy"  # some tests are another user
     trap 'rm -rf "$copy"' EXIT
     copy_source "$copy"
     (cd "$copy/logs" && rm -f ${makes[$target]})
