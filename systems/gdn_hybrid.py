@@ -70,7 +70,7 @@ class Hyperparameters(layouts.Hyperparameters):
 
 
 class GPT(layers.SmearGate, parts.NgramGPT, layouts.GPT):
-    param_rules = *layers.SmearGate.param_rules[:1], *parts.NgramGPT.param_rules
+    param_rules = (layers.SMEAR_RULE, *parts.NgramGPT.param_rules)
 
 
 if __name__ == "__main__":

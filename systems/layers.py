@@ -112,14 +112,15 @@ class SinkAttention(train_gpt.Attention):
         return y
 
 
+# off at the start
+SMEAR_RULE = r"smear_(gate|lambda)$", SCALAR, ZEROS
+
+
 class SmearGate(train_gpt.GPT):
     """The embedding gets some of the token before, by a gate of its first SMEAR_DIMS channels
     (#1855); 0 = off."""
 
-    param_rules = (
-        (r"smear_(gate|lambda)$", SCALAR, ZEROS),  # off at the start
-        *train_gpt.PARAM_RULES,
-    )
+    param_rules = (SMEAR_RULE, *train_gpt.PARAM_RULES)
 
     def build(self, hp) -> None:
         super().build(hp)

@@ -110,7 +110,7 @@ class GPT(layers.SmearGate, parts.UNet, layouts.LateLoop):
     param_rules = (
         (r"attn_gate$", SCALAR, ZEROS),  # a gate of 1/2
         (r"lanes$", SCALAR, lambda w, hp: w.copy_(torch.tensor([1.1, 1.0, 1.0]))),
-        *layers.SmearGate.param_rules[:1],
+        layers.SMEAR_RULE,
         *parts.UNet.param_rules,
     )
 

@@ -193,6 +193,25 @@ def test_packers_of_an_artifact(tmp_path, monkeypatch, capsys, system):
     }
 
 
+def test_a_system_is_packed_to_its_target(tmp_path):
+    """And its artifact is read again; bytes and passes are those of the row."""
+    target = bench.code_bytes("record") + 60_000
+    small = tiny_of("record", model_dim=64, artifact_target_bytes=target)
+    settings = {key: x for key, x in asdict(small).items() if key != "artifact"}
+
+    def hyperparameters(**changes):
+        return train_gpt.Hyperparameters(**settings | changes)
+
+    module = SimpleNamespace(Hyperparameters=hyperparameters, GPT=train_gpt.GPT)
+    with mock.patch.object(bench, "module_of", lambda system: module):
+        row = bench.fitted_row("record", str(tmp_path / "a.ptz")).split()
+    size = (tmp_path / "a.ptz").stat().st_size + bench.code_bytes("record")
+    assert row[0] == "record" and row[3] == f"{size:,}" and 1 <= int(row[5]) <= 11
+    assert 0.999 * target <= size <= target
+    loaded = train_gpt.load_artifact(tmp_path / "a.ptz", "cpu")[0]
+    assert all(p.any() for p in loaded.parameters())
+
+
 # --- Throughput -----------------------------------------------------------------------------------
 
 

@@ -52,7 +52,7 @@ def test_every_way_is_scored_at_the_same_bytes(tmp_path, monkeypatch, capsys, si
     monkeypatch.setattr(sys, "argv", arguments)
     for name in rounding.TEXT:
         monkeypatch.delenv(name.upper(), raising=False)
-    rounding.main()
+    assert rounding.main() == 0
     target = code + (size or (tmp_path / "model.ptz").stat().st_size)
     _, name, *rows = capsys.readouterr().out.splitlines()
     assert name == "model.ptz" and len(rows) == len(rounding.WAYS)
@@ -61,3 +61,9 @@ def test_every_way_is_scored_at_the_same_bytes(tmp_path, monkeypatch, capsys, si
         assert label.strip() == way and bytes_ == f"{target:,}"
         assert float(after) - float(before) == pytest.approx(float(loss), abs=2e-4)
         assert 0 < float(before) < 10
+
+
+def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rounding.py", str(tmp_path / "none.ptz")])
+    said = rounding.main()
+    assert said.startswith("rounding: error: ") and "none.ptz.trained.pt" in said

@@ -314,31 +314,33 @@ def trained_like(model: t.GPT) -> dict[str, torch.Tensor]:
 
 def bench_fit(args) -> None:
     """On weights that were not trained, one core; then the packers, on the first artifact."""
-    folder, first = Path(tempfile.mkdtemp()), None
     torch.set_num_threads(1)
     names = f"{'target':>12}{'bytes':>12}{'below':>9}{'passes':>8}{'CPU, s':>8}{'load, s':>9}"
     print(f"{'system':<14}{'parameters':>12}{names}", flush=True)
-    for system in SYSTEMS:
-        module = module_of(system)
-        hp = module.Hyperparameters(artifact=str(folder / system))
-        torch.manual_seed(0)
-        model, start = module.GPT(hp), time.process_time()
-        hessians = trained_like(model)
-        code = mock.patch.object(t, "code_files", functools.partial(code_files, system))
-        with code, mock.patch.object(t, "quantize", wraps=t.quantize) as quantize:
-            t.fit(hp, model, hessians)
-        packed_after = time.process_time()
-        t.load_artifact(hp.artifact, "cpu", type(hp), type(model))
-        size = os.path.getsize(hp.artifact) + code_bytes(system)
-        print(
-            f"{system:<14}{parameters(hp):>12,}{hp.artifact_target_bytes:>12,}{size:>12,}"
-            f"{1 - size / hp.artifact_target_bytes:>9.3%}{quantize.call_count:>8}"
-            f"{packed_after - start:>8.0f}{time.process_time() - packed_after:>9.1f}",
-            flush=True,
-        )
-        first = first or Path(hp.artifact)
-    print()
-    compare_packers(first)
+    with tempfile.TemporaryDirectory() as folder:
+        for system in SYSTEMS:
+            print(fitted_row(system, f"{folder}/{system}"), flush=True)
+        print()
+        compare_packers(Path(folder, SYSTEMS[0]))
+
+
+def fitted_row(system: str, artifact: str) -> str:
+    """Of the table; the artifact is written."""
+    module = module_of(system)
+    hp = module.Hyperparameters(artifact=artifact)
+    torch.manual_seed(0)
+    model, start = module.GPT(hp), time.process_time()
+    code = mock.patch.object(t, "code_files", functools.partial(code_files, system))
+    with code, mock.patch.object(t, "quantize", wraps=t.quantize) as quantize:
+        t.fit(hp, model, trained_like(model))
+    middle = time.process_time()
+    t.load_artifact(artifact, "cpu", type(hp), type(model))
+    end, size = time.process_time(), os.path.getsize(artifact) + code_bytes(system)
+    return (
+        f"{system:<14}{parameters(hp):>12,}{hp.artifact_target_bytes:>12,}{size:>12,}"
+        f"{1 - size / hp.artifact_target_bytes:>9.3%}{quantize.call_count:>8}"
+        f"{middle - start:>8.0f}{end - middle:>9.1f}"
+    )
 
 
 # --- Throughput -----------------------------------------------------------------------------------

@@ -325,7 +325,7 @@ def files(job) -> Row:
     """Against stats.json; where there is none, by encoding the text again."""
     t.check_files(job.hp)
     count = len(t.described(job.hp))
-    if wrong := dataset.undescribed_by(Path(job.hp.data_path), Path(job.hp.tokenizer_path)):
+    if wrong := dataset.another_tokenizer(Path(job.hp.data_path), Path(job.hp.tokenizer_path)):
         raise ValueError(wrong)
     found = f"{count} with the sums of stats.json" if count else "not described by a stats.json"
     return Row(found, "shards and tokenizer as they were made")

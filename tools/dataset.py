@@ -336,9 +336,9 @@ def check_overlap(job) -> tuple[bool, str]:
     return found <= MAX_OVERLAP * total and told in (None, own), figures
 
 
-def undescribed_by(data: Path, tokenizer: Path) -> str:
-    """What is wrong with a tokenizer of shards that nothing describes, in a line that names it.
-    Raises: OSError, ValueError naming the file."""
+def another_tokenizer(data: Path, tokenizer: Path) -> str:
+    """Where nothing describes the shards: a line that says that they are of another tokenizer, or
+    "". Raises: OSError, ValueError naming the file."""
     stats = data / "stats.json"
     if stats.is_file() and "files" in read_stats(stats):
         return ""  # there a run compares sha256
@@ -348,7 +348,7 @@ def undescribed_by(data: Path, tokenizer: Path) -> str:
 
 def main(argv: list[str]) -> str:
     try:
-        wrong = undescribed_by(*map(Path, argv))
+        wrong = another_tokenizer(*map(Path, argv))
     except (OSError, ValueError) as error:
         wrong = str(error)
     return wrong and f"run.sh: {wrong}"

@@ -89,23 +89,32 @@ class Trained:
             return self.bits_per_byte(t.load_artifact(hp.artifact, "cpu", *classes)[0])
 
 
-def main() -> None:
+def measure(path: Path, size: int | None) -> None:
+    """A line for each way. Raises: OSError, ValueError naming the file, ImportError."""
+    trained = Trained(path)
+    before = trained.bits_per_byte(trained.model)
+    size = size or path.stat().st_size + sum(x.stat().st_size for x in t.code_files())
+    print(path.name)
+    for way in WAYS:
+        after = trained.loss_of(way, size)
+        figures = f"{size:>10,}{before:>9.4f}{after:>9.4f}{after - before:>10.5f}"
+        print(f"  {way:<28}{figures}", flush=True)
+
+
+def main() -> int | str:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("artifacts", type=Path, nargs="+", metavar="ARTIFACT")
     parser.add_argument("--bytes", type=int, help="of each artifact with the code")
     args = parser.parse_args()
     print(f"{'':<30}{'bytes':>10}{'before':>9}{'after':>9}{'loss':>10}")
-    for path in args.artifacts:
-        trained = Trained(path)
-        before = trained.bits_per_byte(trained.model)
-        size = args.bytes or path.stat().st_size + sum(x.stat().st_size for x in t.code_files())
-        print(path.name)
-        for way in WAYS:
-            after = trained.loss_of(way, size)
-            figures = f"{size:>10,}{before:>9.4f}{after:>9.4f}{after - before:>10.5f}"
-            print(f"  {way:<28}{figures}", flush=True)
+    try:
+        for path in args.artifacts:
+            measure(path, args.bytes)
+    except (OSError, ValueError, ImportError) as error:
+        return f"rounding: error: {error}"
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -66,7 +66,7 @@ class GPT(layers.SmearGate, parts.UNet, layouts.LateLoop):
     param_rules = (
         layers.CONV_RULE,
         (r"attn_gate$", t.SCALAR, t.ZEROS),
-        *layers.SmearGate.param_rules[:1],
+        layers.SMEAR_RULE,
         *parts.UNet.param_rules,
     )
 
