@@ -742,17 +742,16 @@ MATRIX = "matrix"  # Muon; GPTQ at MATRIX_BITS
 EMBED = "embed"  # AdamW with decay; GPTQ at EMBED_BITS
 SCALAR = "scalar"  # AdamW without decay; float16 in the artifact
 ZEROS, ONES = (lambda w, hp: w.zero_()), (lambda w, hp: w.fill_(1.0))
-# (pattern, kind, start): the first pattern that matches a parameter's name wins
+# (pattern, kind, start): the first that matches a name wins
 PARAM_RULES = (
     (r"tok_emb\.weight$", EMBED, lambda w, hp: w.normal_(std=hp.tied_embed_init_std)),
     (r"(o|down)_proj\.weight$", MATRIX, ZEROS),
     (r"(q|k|v|g|up)_proj\.weight$", MATRIX, lambda w, hp: nn.init.orthogonal_(w)),
     (r"(a|b)_proj\.weight$", SCALAR, lambda w, hp: nn.init.kaiming_uniform_(w, 5**0.5)),
     (r"conv1d$", SCALAR, lambda w, hp: w.uniform_(-0.5, 0.5)),
-    (r"A_log$", SCALAR, lambda w, hp: w.uniform_(1, 16).log_()),
-    # softplus(dt_bias) is log-uniform in [1e-3, 1e-1], as in Mamba-2 and fla
-    (r"dt_bias$", SCALAR,
-     lambda w, hp: w.uniform_(math.log(1e-3), math.log(1e-1)).exp_().expm1_().log_()),
+    # memories of 1 to 1,000 tokens: A and softplus(dt_bias) evenly over Mamba-2's range
+    (r"A_log$", SCALAR, lambda w, hp: w.copy_(torch.linspace(1, 16, len(w))).log_()),
+    (r"dt_bias$", SCALAR, lambda w, hp: w.copy_(torch.logspace(-3, -1, len(w))).expm1_().log_()),
     (r"q_gain$", SCALAR, lambda w, hp: w.fill_(hp.qk_gain_init)),
     (r"resid_mix$", SCALAR, lambda w, hp: w.copy_(torch.tensor([[1.0], [0.0]]))),
     (r"(_scale|o_norm)$", SCALAR, ONES),

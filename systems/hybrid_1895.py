@@ -144,6 +144,7 @@ class GPT(parts.UNet, layouts.LateLoop):
         (r"sink$", SCALAR, ZEROS),
         layers.CONV_RULE,
         (r"A_log$", SCALAR, lambda w, hp: w.uniform_(0, math.log(8))),
+        layers.DT_RULE,
         *parts.UNet.param_rules,
     )
 

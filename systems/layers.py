@@ -1,5 +1,6 @@
 """Mixers and a gate that the record lacks; counted with each system that imports them."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -16,6 +17,15 @@ CONV_RULE = (
     r"conv1d$",
     SCALAR,
     lambda w, hp: w.uniform_(-(w.shape[1] ** -0.5), w.shape[1] ** -0.5),
+)
+
+
+# as fla's Gated DeltaNet and Mamba-2 start: softplus(dt_bias) is log-uniform in [1e-3, 1e-1]
+A_RULE = r"A_log$", SCALAR, lambda w, hp: w.uniform_(1, 16).log_()
+DT_RULE = (
+    r"dt_bias$",
+    SCALAR,
+    lambda w, hp: w.uniform_(math.log(1e-3), math.log(1e-1)).exp_().expm1_().log_(),
 )
 
 

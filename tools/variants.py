@@ -25,6 +25,7 @@ class Hyperparameters(layouts.Hyperparameters):
     conv_size: int = bounded(4, 0, 4)  # of Gated DeltaNet; 0 = SiLU alone
     o_norm: bool = True  # of Gated DeltaNet: each head's output is normalised
     gdn_key_heads: int = 0  # each for as many of the GDN_HEADS value heads; 0 = GDN_HEADS
+    even_decays: bool = True  # at the start, of the heads of Gated DeltaNet; or at random (fla)
     smear_dims: int = 0  # inputs of the SmearGate (#1855); 0 = off
     attn_gate_dims: int = 0  # of a gate on each attention head (#1787); 0 = off
     unet_skips: bool = False  # gated, from the first half of the passes to the second (#1787)
@@ -72,6 +73,8 @@ class GPT(layers.SmearGate, parts.UNet, layouts.LateLoop):
 
     def build(self, hp: Hyperparameters) -> None:
         self.ln_scale = hp.ln_scale
+        if not hp.even_decays:
+            self.param_rules = (layers.A_RULE, layers.DT_RULE, *self.param_rules)
         super().build(hp)
         if not hp.unet_skips:
             del self.skips
