@@ -42,6 +42,20 @@ def test_without_switches_it_is_the_record(lively):
     assert torch.equal(a(ids), b(ids))
 
 
+@pytest.mark.parametrize("even", [True, False])
+def test_decays_start_evenly_or_at_random(even):
+    """At random as fla's: A uniform from 1 to 16, dt log-uniform from 1e-3 to 1e-1."""
+    torch.manual_seed(1)
+    own = dict(layout="G6", gdn_heads=16, gdn_head_dim=2, even_decays=even)
+    mixers = [b.mixer for b in variants.GPT(variants.Hyperparameters(**SHAPE | own)).blocks]
+    A = torch.stack([m.A_log for m in mixers]).exp()
+    dt = torch.nn.functional.softplus(torch.stack([m.dt_bias for m in mixers]))
+    assert 0.99 < A.min() < 2 and 15 < A.max() < 16.01 and abs(A.mean() - 8.5) < 1
+    assert 0.99e-3 < dt.min() < 2e-3 and 5e-2 < dt.max() < 0.101
+    assert abs(dt.log10().mean() + 2) < 0.2
+    assert (A.diff() > 0).all() == (dt.diff() > 0).all() == even
+
+
 @pytest.mark.parametrize("candidate", EVERYONE)
 def test_no_candidate_sees_what_comes_later_or_another_document(candidate, lively):
     model = model_of(candidate, lively)
@@ -224,3 +238,21 @@ def test_at_full_size_all_bytes_are_used(candidate):
 def test_stages_are_shares_of_the_time():
     row = dict(seconds=[(0.0, 0.1), (0.4, 0.2)], tokens=1000)
     assert forecast.tokens_per_second(row) == pytest.approx(0.4 * 10_000 + 0.6 * 5_000)
+
+
+def test_tokens_are_worth_what_published_runs_gained():
+    """Of #1950 and #1979 the difference, of #549 and the two of #1005 the ratio of differences."""
+    assert forecast.worth_of(3.90e9, 12.58e9) == pytest.approx(1.06445 - 1.03969, abs=1e-4)
+    ratio = forecast.worth_of(5.65e9, 15.7e9) / forecast.worth_of(15.7e9, 39.3e9)
+    assert ratio == pytest.approx((1.1369 - 1.1098) / (1.1098 - 1.0939), rel=0.02)
+
+
+def test_a_score_by_speed_is_the_published_one_corrected_for_tokens():
+    def row(layout: str, tokens: float) -> dict:
+        return dict(layout=layout, seconds=[(0.0, 1.0)], tokens=tokens / forecast.SECONDS)
+
+    (fewest, _), (worst, _) = forecast.by_speed(row("A11", 3.90e9 / 0.77))
+    assert fewest == pytest.approx(3.90e9) and worst == pytest.approx(1.0667)
+    (fewest, most), (worst, best) = forecast.by_speed(row("G3 S", 3.90e9))
+    assert (fewest, most) == pytest.approx((0.67 * 3.90e9, 0.77 * 3.90e9))
+    assert worst > best > 1.0667

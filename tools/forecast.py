@@ -1,11 +1,14 @@
-"""The candidates of tools/ladder.py at full size: parameters, bytes, and a lower bound of the time
-of a step on 8 H100 (tools/floor.py).
+"""The candidates of tools/ladder.py at full size: parameters, bytes, a lower bound of the time of a
+step on 8 H100 (tools/floor.py), and what its speed alone makes of a published score.
 
     python tools/forecast.py steps [NAME]...     # what is missing, a minute each; needs no GPU
     python tools/forecast.py show
 
 At full size a candidate has the record's width and settings, twice the heads of its toy with twice
 their size, and as wide an MLP as ARTIFACT_BYTES allow by the entropy of normal weights.
+
+Tokens are worth `worth_of` bits per byte, a law through published runs that differ in nothing but
+their time. What a layout learns from equal tokens is not in it: docs/record.md has what is known.
 """
 
 import argparse
@@ -24,6 +27,15 @@ import ladder  # noqa: E402  (the path comes first)
 STEPS = ROOT / "logs" / "ladder_steps.jsonl"
 ARTIFACT_BYTES = 15_970_000  # with code
 SCALED = "gdn_heads", "gdn_key_heads"  # what a toy has half of
+SECONDS = 592  # of training
+# Bits per byte above what a stack can reach, BILLION (tokens / 1e9) ** -EXPONENT, by scores of
+# averaged weights before quantization
+EXPONENT = 0.45  # #549, #1005: 1.1369, 1.1098, 1.0939 at 5.65, 15.7, 39.3 billion tokens
+BILLION = 0.1115  # #1950, #1979: 1.06445, 1.03969 at 3.90, 12.58 billion tokens
+ANCHOR = 3.90e9, 1.0667  # tokens and score of #1787, whose layout `transformer` has
+# Share of its bound that a stack reaches
+TRANSFORMERS = 0.77, 0.82  # #1493, #1787
+HYBRIDS = 0.67, 0.77  # the record on an H100, before fla's convolution (docs/cuda.md); #1895
 
 
 def full_of(candidate: str):
@@ -77,15 +89,34 @@ def tokens_per_second(row: dict) -> float:
     return steps * row["tokens"]
 
 
+def worth_of(tokens: float, more: float) -> float:
+    """Bits per byte by which a stack that has seen `more` tokens is better."""
+    return BILLION * ((tokens / 1e9) ** -EXPONENT - (more / 1e9) ** -EXPONENT)
+
+
+def by_speed(row: dict) -> tuple[list[float], list[float]]:
+    """Tokens seen in SECONDS, fewest and most, and the score if they were worth what they are to
+    the ANCHOR, worst and best."""
+    shares = HYBRIDS if "G" in row["layout"] else TRANSFORMERS
+    seen = [share * tokens_per_second(row) * SECONDS for share in shares]
+    tokens, score = ANCHOR
+    return seen, [score - worth_of(tokens, own) for own in seen]
+
+
 def table() -> Iterator[str]:
     """The candidates that have been measured, the fastest first."""
-    yield "| candidate | layout | MLP | parameters | ms a step | M tokens/s |"
-    yield "|---|---|--:|--:|--:|--:|"
+    yield (
+        "| candidate | layout | MLP | parameters | ms a step | M tokens/s | B tokens | "
+        "bits per byte by speed alone |"
+    )
+    yield "|---|---|--:|--:|--:|--:|--:|--:|"
     for name, row in sorted(measured().items(), key=lambda item: -tokens_per_second(item[1])):
         steps = ", ".join(f"{1e3 * seconds:.1f}" for _, seconds in row["seconds"])
+        (fewest, most), (worst, best) = by_speed(row)
         yield (
             f"| {name} | `{row['layout']}` | {row['mlp_mult']:.2f} | {row['parameters']:,} | "
-            f"{steps} | {tokens_per_second(row) / 1e6:.2f} |"
+            f"{steps} | {tokens_per_second(row) / 1e6:.2f} | {fewest / 1e9:.1f} to "
+            f"{most / 1e9:.1f} | {best:.4f} to {worst:.4f} |"
         )
 
 
