@@ -281,7 +281,7 @@ def compare_packers(path: Path) -> None:
         sys.exit(f"bench: error: {error}")
     entropy = sum(packed.entropy_bytes(q.tobytes()) for q in ints)
     raw = b"".join(q.tobytes() for q in ints)
-    print(f"{path}: {len(ints)} tensors, {len(raw):,} values, entropy {entropy:,.0f} bytes")
+    print(f"{path.name}: {len(ints)} tensors, {len(raw):,} values, entropy {entropy:,.0f} bytes")
     print(f"{'':<12}{'bytes':>12}{'above':>9}{'pack, s':>10}{'load, s':>10}")
     for name, (pack, load) in packers(ints, counts).items():
         start = time.perf_counter()

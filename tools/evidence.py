@@ -210,6 +210,32 @@ def table_of_speed() -> Iterator[str]:
     yield row(f"`{shape}`", f"{times[0]} ms", f"{times[1]} ms", times[2])
 
 
+def table_of_targets() -> Iterator[str]:
+    """Bytes of every system at full size, against what it may have."""
+    line = r"^(\w+) +[\d,]+ +([\d,]+) +([\d,]+) +(\S+%) +(\d+) +(\d+) +([\d.]+)$"
+    yield head("system", "target", "artifact + code", "below", "passes", "CPU time", "loading")
+    for name, target, size, below, passes, seconds, load in re.findall(line, read("fit.txt"), re.M):
+        yield row(system(name), target, size, below, passes, f"{seconds} s", f"{load} s")
+
+
+def table_of_packers() -> Iterator[str]:
+    """The same integers, of the record's artifact in the table before."""
+    line = r"^(\w[\w ,-]*?) +([\d,]+) +(\+\S+%) +([\d.]+) +([\d.]+)$"
+    yield head("code", "bytes", "above the entropy", "packing", "loading")
+    for name, size, above, pack, load in re.findall(line, read("fit.txt"), re.M):
+        yield row(name, size, above, f"{pack} s", f"{load} s")
+
+
+def table_of_rounding() -> Iterator[str]:
+    """A column for each artifact."""
+    text = read("rounding.txt")
+    artifacts = re.findall(r"^(\S+)\.ptz$", text, re.M)
+    lines = re.findall(r"^  (\S.*?)  +[\d,]+ +\S+ +\S+ +(\S+)$", text, re.M)
+    yield head("bits per byte lost", *(f"`{name}`" for name in artifacts))
+    for way in dict.fromkeys(name for name, _ in lines):
+        yield row(way, *(loss for name, loss in lines if name == way))
+
+
 # --------------------------------------------------------------------------------------------------
 # The CUDA path, on a CPU
 
@@ -384,6 +410,9 @@ BLOCKS = dict(
     attention=attention_alone,
     sizes=table_of_sizes,
     speed=table_of_speed,
+    targets=table_of_targets,
+    packers=table_of_packers,
+    rounding=table_of_rounding,
     graphs=table_of_graphs,
     floors=table_of_floors,
     savings=table_of_savings,

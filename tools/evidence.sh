@@ -8,12 +8,13 @@
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.."
 root=$PWD
-targets=(demo attention size delta graphs floor kernels faults tests)
+targets=(demo attention size delta fit graphs floor kernels faults tests)
 declare -A makes=(
     [demo]="demo.check.txt demo.txt demo.verify.txt"
     [attention]=attention.txt
     [size]=bench_cpu.txt
     [delta]=bench_delta.txt
+    [fit]=fit.txt
     [graphs]=gpuless_graphs.txt
     [floor]=floor.txt
     [kernels]=gpuless_kernels.txt
@@ -69,6 +70,10 @@ make_attention() {
 }
 make_size() { printed bench_cpu.txt "$python" tools/bench.py --size; }
 make_delta() { printed bench_delta.txt "$python" tools/bench.py --delta; }
+make_fit() {  # with freed memory kept, as ./run.sh does
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 OMP_NUM_THREADS=1 \
+        printed fit.txt "$python" tools/bench.py --fit
+}
 make_graphs() { printed gpuless_graphs.txt "$python" tests/gpuless/graphs.py --full; }
 make_floor() { printed floor.txt "$python" tools/floor.py --fast; }
 make_kernels() {
