@@ -420,6 +420,7 @@ BLOCKS = dict(
     logs=table_of_logs,
     ladder=lambda: table_of_tool("ladder", "tables"),
     costs=lambda: table_of_tool("forecast", "table"),
+    pairs=lambda: table_of_tool("forecast", "table_of_pairs"),
 )
 
 

@@ -37,6 +37,15 @@ ANCHOR = 3.90e9, 1.0667  # tokens and score of #1787, whose layout `transformer`
 TRANSFORMERS = 0.77, 0.82  # #1493, #1787
 HYBRIDS = 0.67, 0.77  # the record on an H100, before fla's convolution (docs/cuda.md); #1895
 
+# Not used for the law: a recurrent layout, its attention, billions of tokens, difference published
+PAIRS = (
+    ("#1895: 3 of 11 blocks", "#1493", 3.136, 3.580, 0.001),  # see docs/record.md
+    ("#1013: S4D, 2 of 11 blocks", "#549", 4.047, 5.646, 1.1499 - 1.1369),
+    ("#1371, rows of 8,192: 7 of 9 blocks", "its own", 0.310, 0.398, 1.3802 - 1.3500),
+    ("#1371, rows of 16,384", "its own", 0.281, 0.247, 1.4021 - 1.4344),
+    ("#1479: 8 of 10 blocks", "#1450", 2.889, 3.636, 1.14502 - 1.08359),
+)
+
 
 def full_of(candidate: str):
     """Its hyperparameters at full size. Raises: ValueError."""
@@ -117,6 +126,18 @@ def table() -> Iterator[str]:
             f"| {name} | `{row['layout']}` | {row['mlp_mult']:.2f} | {row['parameters']:,} | "
             f"{steps} | {tokens_per_second(row) / 1e6:.2f} | {fewest / 1e9:.1f} to "
             f"{most / 1e9:.1f} | {best:.4f} to {worst:.4f} |"
+        )
+
+
+def table_of_pairs() -> Iterator[str]:
+    """What the law says of them, what was published, and what the law leaves over."""
+    yield "| recurrent layout | against | billion tokens | by tokens | published | left over |"
+    yield "|---|---|--:|--:|--:|--:|"
+    for one, other, own, more, published in PAIRS:
+        law = worth_of(own * 1e9, more * 1e9)
+        yield (
+            f"| {one} | {other} | {own:.2f}, {more:.2f} | {law:+.3f} | {published:+.3f} | "
+            f"{published - law:+.3f} |"
         )
 
 
