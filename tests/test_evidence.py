@@ -192,6 +192,20 @@ def test_a_target_that_fails_leaves_all_as_it_was(checkout):
     assert (checkout / "README.md").read_text() == TABLE
 
 
+@needs_git
+def test_the_tests_see_the_log_that_they_replace(checkout):
+    """README quotes it, so that its absence would fail them."""
+    (checkout / "README.md").write_text("# None\n")
+    (checkout / "logs" / "tests.txt").write_text("1 passed in 1.00s\n")
+    (checkout / "run.sh").write_text("#!/bin/sh\ncat logs/tests.txt && echo 2 passed in 2.00s\n")
+    (checkout / "run.sh").chmod(0o755)
+    env = os.environ | dict(VENV=sys.prefix, TMPDIR=str(checkout.parent))
+    command = [checkout / "tools" / "evidence.sh", "tests"]
+    result = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (checkout / "logs" / "tests.txt").read_text() == "2 passed in 2.00s\n"
+
+
 def evidence_py(checkout: Path, *options):
     command = [sys.executable, checkout / "tools" / "evidence.py", *options]
     return subprocess.run(command, capture_output=True, text=True)
@@ -207,6 +221,11 @@ def test_a_log_without_what_is_quoted_is_one_line(checkout):
     empty = evidence_py(checkout)
     assert empty.returncode == 1 and empty.stderr.count("\n") == 1
     assert "logs/demo.txt: no log of a run" in empty.stderr
+    (checkout / "README.md").write_text(TABLE.replace("sizes", "targets"))
+    (checkout / "logs" / "fit.txt").write_text("nothing\n")
+    no_rows = evidence_py(checkout)
+    assert no_rows.returncode == 1 and no_rows.stderr.count("\n") == 1
+    assert "evidence: targets: a table without rows" in no_rows.stderr
 
 
 def test_check_writes_nothing(checkout):

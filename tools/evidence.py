@@ -433,7 +433,10 @@ def block(name: str) -> str:
     """Raises: OSError, ValueError naming a log that lacks something."""
     if name not in BLOCKS:
         raise ValueError(f"evidence: {name}: expected one of {', '.join(BLOCKS)}")
-    return "".join(line.rstrip() + "\n" for line in BLOCKS[name]())
+    text = "".join(line.rstrip() + "\n" for line in BLOCKS[name]())
+    if text.endswith(("-|\n", ":|\n")):
+        raise ValueError(f"evidence: {name}: a table without rows: its log has none that are known")
+    return text
 
 
 def rewritten(text: str) -> str:

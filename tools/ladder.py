@@ -62,7 +62,7 @@ TOY = dict(  # a quarter of the record in width, heads and their size; its rates
     eval_seconds=0.0,
     ttt="",
 )
-RANDOM = dict(even_decays=False)  # as the record's were then
+RANDOM = dict(even_decays=False)  # the record's decays when the ladder began
 NARROW = dict(gdn_heads=2)  # of the record's size: 4 heads of 64
 GROUPED = dict(gdn_heads=2, gdn_key_heads=1)  # 2 key heads, 4 value heads (#1895)
 SHARED = dict(layout="G5 S G5 S=5")  # of #1545
@@ -131,8 +131,8 @@ def target_bytes() -> float:
 
 def toy_of(candidate: str):
     """Its hyperparameters, of the reference's bytes. Raises: ValueError."""
-    then = {} if module_of(candidate) is transformer else RANDOM
-    return fitted(candidate, TOY | then | overrides(candidate), target_bytes())
+    decays = {} if module_of(candidate) is transformer else RANDOM
+    return fitted(candidate, TOY | decays | overrides(candidate), target_bytes())
 
 
 def fitted(candidate: str, settings: dict, most: float):
