@@ -3,8 +3,8 @@
     DATA_PATH=... TOKENIZER_PATH=... python tools/ladder.py run     # what is missing; --workers 2
     python tools/ladder.py show                                     # tables of what is there
 
-`run` climbs: every layout on the lowest rung; each change of the best layout, one at a time; then
-the best of all of these with another seed, on the next rung, and so on. It can be stopped at any
+`run` climbs: every layout on the lowest rung; each change of the record, one at a time; then the
+best of all of these with another seed, on the next rung, and so on. It can be stopped at any
 time: a run that had begun goes on from its last checkpoint, one that had ended is a line of
 logs/ladder.jsonl. The candidates are toys, 128 wide, of tools/variants.py or a system: as wide an
 MLP as the bytes of the reference's toy allow.
@@ -94,9 +94,12 @@ CHANGES = {
     "head gate": dict(attn_gate_dims=12),
     "LN scale": dict(ln_scale=True),
     "no SmearGate": dict(smear_dims=0),
-    "even decays": dict(even_decays=True),
     "no XSA": dict(xsa=False),
+    "last attention full": dict(layout="G3 S G3 S G3 A"),
+    "last attention twice": dict(layout="G3 S G3 S G3 (S)x2", enable_looping_at=0.35),
+    "even decays": dict(even_decays=True),
 }
+RECORD = "G3 S x3 + even decays"  # but for the SmearGate, whose absence is one of its changes
 
 
 class Run(NamedTuple):
@@ -243,21 +246,14 @@ def next_runs(found: dict[Run, dict]) -> list[Run]:
     """Of the first stage that is not complete; [] at the top."""
     reference = [next(iter(LAYOUTS)), TRANSFORMER]
     first, second, third = RUNGS
-
-    def changed() -> list[str]:
-        [base] = best(LAYOUTS, first, {r: v for r, v in found.items() if r.seed == 1}, 1)
-        return [
-            f"{base} + {name}"
-            for name in CHANGES
-            if CHANGES[name].items() - overrides(base).items()
-        ]
+    changed = [f"{RECORD} + {name}" for name in CHANGES if f" + {name}" not in RECORD]
+    everyone = [*LAYOUTS, TRANSFORMER, RECORD, *changed]
 
     def leaders(count: int, tokens: int) -> list[str]:
-        return [*dict.fromkeys(best([*LAYOUTS, *changed()], tokens, found, count) + reference)]
+        return [*dict.fromkeys(best(everyone, tokens, found, count) + reference)]
 
     stages = (
-        (first, 1, lambda: [*LAYOUTS, TRANSFORMER]),
-        (first, 1, changed),
+        (first, 1, lambda: everyone),
         (first, 2, lambda: leaders(10, first)),
         (second, 1, lambda: leaders(6, first)),
         (second, 2, lambda: leaders(4, second)),
