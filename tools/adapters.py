@@ -1,0 +1,165 @@
+"""What adapters learn while scoring: the record's way of it, and others.
+
+    python tools/adapters.py ARTIFACT...
+
+Each artifact is scored as a stream, with its settings or those of the environment, as DATA_PATH or
+EVAL_ROWS. A line: bits per byte, what learning gains, and its time, in streams without learning.
+
+A step of AdamW moves each entry of B by the rate, and so an output by about half of STEP, the rate
+times alpha, whatever rank and width are: the entries of A are uniform up to the root of 1 / width.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "systems"), str(ROOT / "tools")]
+import packed  # noqa: E402  (the paths come first)
+
+import train_gpt as t  # noqa: E402
+
+STEP = t.Hyperparameters.ttt_lora_lr * t.Hyperparameters.ttt_lora_alpha
+
+
+class TwiceTTT(t.LoraTTT):
+    """A second step on each chunk."""
+
+    def read(self, tokens: Tensor, plan: t.Plan):
+        hook = self.model.register_forward_pre_hook(self.remember)
+        result = super().read(tokens, plan)
+        hook.remove()
+        return result
+
+    def remember(self, model, inputs: tuple) -> None:
+        self.inputs = inputs
+
+    def after_step(self, step: Tensor, nats: Tensor, scored: Tensor, share: float) -> None:
+        self.scored = scored
+        super().after_step(step, nats, scored, share)
+
+    def update(self, optimizer) -> None:
+        super().update(optimizer)
+        nats, _ = self.model(*self.inputs)
+        means = (nats * self.scored).sum(1) / self.scored.sum(1).clamp(min=1)  # [rows]
+        means.sum().backward()
+        super().update(optimizer)
+
+
+class ColdTTT(t.LoraTTT):
+    """A and the moments start again with each document, as B does."""
+
+    def new_adapters(self, rows: int) -> dict:
+        adapters = super().new_adapters(rows)
+        self.starts = {A: A.detach().clone() for A, _, _ in adapters.values()}
+        return adapters
+
+    @torch.no_grad()
+    def after_step(self, step: Tensor, nats: Tensor, scored: Tensor, share: float) -> None:
+        super().after_step(step, nats, scored, share)
+        ended = self.tokens[step[:, 1]] == t.BOS_ID
+        for A, start in self.starts.items():
+            A[ended] = start[ended]
+        for state in self.adamw.state.values():
+            state["exp_avg"][ended] = state["exp_avg_sq"][ended] = 0.0
+
+
+class SomeTTT(t.LoraTTT):
+    """Adapters on some of the matrices."""
+
+    part = ""  # of their names
+
+    def new_adapters(self, rows: int) -> dict:
+        names = {module: name for name, module in self.model.named_modules()}
+        adapters = super().new_adapters(rows).items()
+        return {linear: own for linear, own in adapters if self.part in names[linear]}
+
+
+class MlpTTT(SomeTTT):
+    part = ".mlp."
+
+
+class MixerTTT(SomeTTT):
+    part = ".mixer."
+
+
+WAYS = {  # the step, in STEP; other hyperparameters; the learner
+    "as the record": (1, {}, t.LoraTTT),
+    "step x3": (3, {}, t.LoraTTT),
+    "step x10": (10, {}, t.LoraTTT),
+    "step x30": (30, {}, t.LoraTTT),
+    "step x10, rank 8": (10, dict(ttt_lora_rank=8), t.LoraTTT),
+    "step x10, alpha 16": (10, dict(ttt_lora_alpha=16.0), t.LoraTTT),
+    "step x10, chunks of 32": (10, dict(eval_chunk=32), t.LoraTTT),
+    "step x10, chunks of 128": (10, dict(eval_chunk=128), t.LoraTTT),
+    "step x10, two a chunk": (10, {}, TwiceTTT),
+    "step x10, MLPs alone": (10, {}, MlpTTT),
+    "step x10, mixers alone": (10, {}, MixerTTT),
+    "step x10, A starts again": (10, {}, ColdTTT),
+}
+
+
+class Scored:
+    """An artifact and its text. Raises: Refused, ValueError, OSError, ImportError."""
+
+    def __init__(self, path: Path):
+        name = json.loads(packed.unpack(path).text)["system"]
+        self.module = t if name == "record" else importlib.import_module(name)
+        classes = self.module.Hyperparameters, self.module.GPT
+        self.model, self.saved = t.load_artifact(path, "cpu", *classes)
+        self.validation = t.Validation(self.settings())
+
+    def settings(self, **changes):
+        """Those of the artifact, then of the environment, then changes."""
+        fixed = dict(eval_mode="stream", eval_seconds=0.0, **changes)
+        hp = self.module.Hyperparameters.from_env(os.environ, self.saved)
+        return replace(hp, **fixed)
+
+    def score(self, hp, learner=None) -> tuple[float, float]:
+        """Bits per byte, seconds."""
+        tokens = self.validation.tokens
+        plan = t.reserve(self.model, tokens, t.final_plan(tokens, hp))
+        found = t.validate(self.model, self.validation, plan, "adapters", learner)
+        return found["val_bpb"], found["seconds"]
+
+    def learned(self, way: str) -> tuple[float, float]:
+        step, changes, learner = WAYS[way]
+        hp = self.settings(ttt="lora", **changes)
+        hp.ttt_lora_lr = step * STEP / hp.ttt_lora_alpha
+        return self.score(hp, learner(self.model, hp))
+
+
+def measure(path: Path) -> None:
+    """A line for each way. Raises: as Scored."""
+    scored = Scored(path)
+    plain, seconds = scored.score(scored.settings())
+    print(path.name)
+    print(f"  {'without learning':<28}{plain:>10.4f}{0:>10.4f}{1:>8.1f}", flush=True)
+    for way in WAYS:
+        bpb, took = scored.learned(way)
+        print(f"  {way:<28}{bpb:>10.4f}{plain - bpb:>10.4f}{took / seconds:>8.1f}", flush=True)
+
+
+def main() -> int | str:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser.add_argument("artifacts", type=Path, nargs="+", metavar="ARTIFACT")
+    args = parser.parse_args()
+    print(f"{'':<30}{'bits/byte':>10}{'gain':>10}{'time':>8}")
+    try:
+        for path in args.artifacts:
+            measure(path)
+    except (OSError, ValueError, ImportError, t.Refused) as error:
+        return f"adapters: error: {error}"
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
