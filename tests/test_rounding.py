@@ -1,10 +1,12 @@
 """tools/rounding.py: each way is what it says, and is packed, loaded and scored."""
 
+import copy
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY
 from in_process import train
 
 import train_gpt
@@ -40,6 +42,81 @@ def test_only_the_embedding_is_read_once():
     H = torch.eye(3)
     assert torch.equal(rounding.read_once("tok_emb.weight", H), H / 2)
     assert rounding.read_once("blocks.0.mixer.q_proj.weight", H) is H
+
+
+def trained_toy(lively, packed):
+    """A model, its calibration batches, and packing that is replaced."""
+    hp = train_gpt.Hyperparameters(**TINY | dict(layout="G S", run_id="run"))
+    model = lively(train_gpt.GPT(hp))
+    batches = [torch.randint(2, hp.vocab_size, (2, 2, 16)) for _ in range(2)]
+    hessians = train_gpt.collect_hessians(model, batches)
+    return SimpleNamespace(
+        hp=hp, model=model, hessians=hessians, packed=packed, batches=lambda count: batches
+    )
+
+
+def test_rotated_values_are_the_same_function_with_hessians_of_its_own(lively):
+    x = trained_toy(lively, lambda size, hessians, model: (hessians, model))
+    hessians, model = rounding.values_rotated(x, 1)
+    ids = torch.randint(2, x.hp.vocab_size, (2, 20))
+    torch.testing.assert_close(model(ids), x.model(ids), rtol=1e-4, atol=1e-4)
+    names = ["blocks.1.mixer.v_proj.weight", "blocks.1.mixer.o_proj.weight"]
+    for name, W in model.named_parameters():
+        assert torch.equal(W, x.model.get_parameter(name)) == (name not in names)
+    expected = train_gpt.collect_hessians(model, x.batches(1))
+    for name, H in expected.items():
+        torch.testing.assert_close(hessians[name], H, rtol=1e-3, atol=1e-4)
+
+
+def test_inputs_are_those_of_the_rounded_model(lively):
+    seen = []
+
+    def packed(size, hessians=None):
+        seen.append(hessians)
+        return rounded
+
+    x = trained_toy(lively, packed)
+    rounded = copy.deepcopy(x.model)
+    with torch.no_grad():
+        rounded.blocks[0].mlp.up_proj.weight.mul_(2)
+    rounding.calibrated_rounded(x, 1)
+    rounding.calibrated_longer(x, 1)
+    assert seen[0] is None and len(seen) == 3
+    for model, found in zip((rounded, x.model), seen[1:], strict=True):
+        expected = train_gpt.collect_hessians(model, x.batches(1))
+        assert all(torch.equal(found[name], H) for name, H in expected.items())
+
+
+def test_errors_given_back_are_the_best_of_their_rank_at_a_byte_a_number(lively):
+    """No other update of that rank leaves less error in the outputs: the squares of the singular
+    values behind it."""
+    sizes = []
+
+    def packed(size):
+        sizes.append(size)
+        return copy.deepcopy(rounded)
+
+    x = trained_toy(lively, packed)
+    rounded = copy.deepcopy(x.model)
+    with torch.no_grad():
+        for p in rounded.parameters():
+            p.copy_((4 * p).round() / 4)
+    found, numbers = rounding.low_rank(x, 100_000, rank=2), 0
+    for name, W in x.model.named_parameters():
+        own, before = found.get_parameter(name), rounded.get_parameter(name)
+        if x.model.kinds[name] != train_gpt.MATRIX:
+            assert torch.equal(own, before)
+            continue
+        numbers += 2 * sum(W.shape)
+        assert torch.linalg.matrix_rank(own - before, rtol=1e-3) <= 2
+        H = x.hessians[name].double()
+        H += 0.01 * H.diagonal().mean() * torch.eye(len(H))
+        values, vectors = torch.linalg.eigh(H)
+        root = vectors * values.sqrt()  # root root^T = H
+        rest = torch.linalg.svdvals((W - before).double() @ root)[2:].square().sum()
+        left = ((W - own).double() @ root).square().sum()
+        torch.testing.assert_close(left, rest, rtol=1e-3, atol=1e-6)
+    assert sizes == [100_000 - numbers]
 
 
 @pytest.mark.parametrize("size", [None, 25_000])

@@ -8,6 +8,7 @@ of the run or of DATA_PATH and TOKENIZER_PATH. A line: bits per byte more than b
 """
 
 import argparse
+import copy
 import importlib
 import os
 import sys
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "systems"), str(ROOT / "tools")]
 import packed  # noqa: E402  (the paths come first)
 import repack  # noqa: E402
+from hybrid_1895 import hadamard  # noqa: E402
 
 import train_gpt as t  # noqa: E402
 from train_gpt import gptq_quantize  # noqa: E402
@@ -41,15 +43,6 @@ def by_row(W: torch.Tensor, H: torch.Tensor, bits, clip_sigmas: torch.Tensor):
     deviation = W.std(1)
     step = (clip_sigmas * deviation).min()  # of rows that are not clipped
     return gptq_quantize(W, H, bits, (step / deviation.square().mean().sqrt()).clamp(min=6.0))
-
-
-WAYS = {  # what becomes of the Hessians, of gptq_quantize, of the hyperparameters
-    "as the record": (lambda name, H: H, gptq_quantize, {}),
-    "to the nearest": (uncorrelated, gptq_quantize, {}),
-    "a step for each row": (lambda name, H: H, by_row, {}),
-    "the embedding counted once": (read_once, gptq_quantize, {}),
-    "8 bits for all": (lambda name, H: H, gptq_quantize, dict(matrix_bits=8, embed_bits=8)),
-}
 
 
 TEXT = "data_path", "tokenizer_path"
@@ -76,17 +69,89 @@ class Trained:
         with torch.no_grad():
             return t.validate(model, self.validation, plan, "rounding")["val_bpb"]
 
-    def loss_of(self, way: str, size: int) -> float:
-        """Bits per byte of what is packed so, in a total of so many bytes."""
-        hessian, gptq, changes = WAYS[way]
-        hessians = {name: hessian(name, H) for name, H in self.hessians.items()}
+    def batches(self, count: int) -> list:
+        """The first of the training text."""
+        stream = t.TokenStream(self.hp.data_path, "train", self.hp.vocab_size)
+        loader = t.TrainLoader(stream, self.hp)
+        return [loader.next() for _ in range(count * self.hp.micro_steps())]
+
+    def packed(self, size: int, hessians=None, model=None, gptq=gptq_quantize, **changes) -> t.GPT:
+        """The model of an artifact of so many bytes, with the code."""
+        model, hessians = model or self.model, hessians or self.hessians
         with tempfile.TemporaryDirectory() as folder:
             own = dict(artifact=f"{folder}/a.ptz", artifact_target_bytes=size)
-            self.model.hp = hp = replace(self.hp, **own, **changes)
+            model.hp = hp = replace(self.hp, **own, **changes)
             with mock.patch.object(t, "gptq_quantize", gptq):
-                t.fit(hp, self.model, hessians)
+                t.fit(hp, model, hessians)
             classes = self.module.Hyperparameters, self.module.GPT
-            return self.bits_per_byte(t.load_artifact(hp.artifact, "cpu", *classes)[0])
+            return t.load_artifact(hp.artifact, "cpu", *classes)[0]
+
+
+# --- Ways: each gives the rounded model of so many bytes ------------------------------------------
+
+
+def with_hessians(change):
+    """change: name and Hessian to another Hessian."""
+
+    def way(x: Trained, size: int) -> t.GPT:
+        return x.packed(size, {name: change(name, H) for name, H in x.hessians.items()})
+
+    return way
+
+
+def calibrated_longer(x: Trained, size: int) -> t.GPT:
+    batches = x.batches(4 * x.hp.gptq_calibration_batches)
+    return x.packed(size, t.collect_hessians(x.model, batches))
+
+
+def calibrated_rounded(x: Trained, size: int) -> t.GPT:
+    """By the inputs that each matrix has in the rounded model, as when block after block is rounded
+    and calibrated (arXiv:2210.17323)."""
+    batches = x.batches(x.hp.gptq_calibration_batches)
+    return x.packed(size, t.collect_hessians(x.packed(size), batches))
+
+
+@torch.no_grad()
+def values_rotated(x: Trained, size: int) -> t.GPT:
+    """By a Hadamard matrix in each head of attention, undone in its output projection (#1895)."""
+    model, hessians = copy.deepcopy(x.model), dict(x.hessians)
+    for name, mixer in model.named_modules():
+        if isinstance(mixer, t.Attention):
+            R = hadamard(mixer.head_dim)
+            v, o = mixer.v_proj.weight, mixer.o_proj.weight
+            v.copy_((R @ v.unflatten(0, (-1, len(R)))).flatten(0, 1))
+            o.copy_((o.unflatten(1, (-1, len(R))) @ R).flatten(1))
+            whole = torch.kron(torch.eye(o.shape[1] // len(R)), R)
+            hessians[f"{name}.o_proj.weight"] = whole @ hessians[f"{name}.o_proj.weight"] @ whole
+    return x.packed(size, hessians, model)
+
+
+@torch.no_grad()
+def low_rank(x: Trained, size: int, rank: int = 4) -> t.GPT:
+    """What rounding takes from the outputs of each matrix is given back up to a rank (LQER,
+    arXiv:2402.02446), at one byte a number, though the numbers are not rounded."""
+    matrices = {n: W for n, W in x.model.named_parameters() if x.model.kinds[n] == t.MATRIX}
+    rounded = x.packed(size - rank * sum(sum(W.shape) for W in matrices.values()))
+    for name, W in matrices.items():
+        own, H = rounded.get_parameter(name), x.hessians[name]
+        root = torch.linalg.cholesky(H + 0.01 * H.diagonal().mean() * torch.eye(len(H)))
+        U, S, V = torch.linalg.svd((W - own) @ root, full_matrices=False)
+        best = U[:, :rank] * S[:rank] @ V[:rank]
+        own += torch.linalg.solve_triangular(root, best, upper=False, left=False)
+    return rounded
+
+
+WAYS = {
+    "as the record": Trained.packed,
+    "to the nearest": with_hessians(uncorrelated),
+    "a step for each row": lambda x, size: x.packed(size, gptq=by_row),
+    "the embedding counted once": with_hessians(read_once),
+    "8 bits for all": lambda x, size: x.packed(size, matrix_bits=8, embed_bits=8),
+    "four times the calibration": calibrated_longer,
+    "calibrated by rounded inputs": calibrated_rounded,
+    "value heads rotated": values_rotated,
+    "errors of rank 4 given back": low_rank,
+}
 
 
 def measure(path: Path, size: int | None) -> None:
@@ -96,7 +161,7 @@ def measure(path: Path, size: int | None) -> None:
     size = size or path.stat().st_size + sum(x.stat().st_size for x in t.code_files())
     print(path.name)
     for way in WAYS:
-        after = trained.loss_of(way, size)
+        after = trained.bits_per_byte(WAYS[way](trained, size))
         figures = f"{size:>10,}{before:>9.4f}{after:>9.4f}{after - before:>10.5f}"
         print(f"  {way:<28}{figures}", flush=True)
 
