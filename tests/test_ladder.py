@@ -260,3 +260,63 @@ def test_a_score_by_speed_is_the_published_one_corrected_for_tokens():
     (fewest, most), (worst, best) = forecast.by_speed(row("G3 S", 3.90e9))
     assert (fewest, most) == pytest.approx((0.67 * 3.90e9, 0.77 * 3.90e9))
     assert worst > best > 1.0667
+
+
+# --------------------------------------------------------------------------------------------------
+# Several rungs
+
+
+def rows_of(scores: dict[tuple[str, int, int], float]) -> dict:
+    return {
+        ladder.Run(*run): dict(
+            pre_quant_val_bpb=bpb, losses=[(step, 10 * bpb) for step in (1, 9, 10, 20, 30, 600)]
+        )
+        for run, bpb in scores.items()
+    }
+
+
+def test_in_equal_time_a_faster_layout_has_more_tokens(monkeypatch):
+    """By the slope of its own two rungs: 0.4 for four times the tokens is 0.1 for their root of
+    four, here 1.414."""
+    first, second, _ = ladder.RUNGS
+    fast = "G2 S x4"
+    scores = {(ladder.RECORD, first, 1): 2.5, (ladder.RECORD, second, 1): 2.1}
+    scores |= {(fast, first, 1): 2.6, (fast, second, 1): 2.1, (fast, second, 2): 2.3}
+    speeds = {"G3 S x3": 1.0, fast: 2**0.5}
+    costs = {
+        name: dict(layout="G S", seconds=[(0.0, 1 / speed)], tokens=1e6)
+        for name, speed in speeds.items()
+    }
+    monkeypatch.setattr(ladder, "results", lambda: rows_of(scores))
+    monkeypatch.setattr(forecast, "measured", lambda: costs)
+    _, _, *lines = forecast.at_equal_time()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells == [
+        [ladder.RECORD, "1", "2.1000", "-", "+0.0000", "+0.0000", "1.00", "+0.0000"],
+        [fast, "2", "2.2000", "0.1414", "+0.1000", "+0.1000", "1.41", "+0.0000"],
+    ]
+
+
+def test_a_smooth_curve_is_the_mean_of_what_is_near():
+    tokens, losses = ladder.smooth({1: 9.0, 10: 5.0, 12: 3.0, 20: 1.0})
+    assert tokens == [10 * 4096, 12 * 4096, 20 * 4096]
+    assert losses == [4.0, 4.0, 1.0]
+
+
+def test_the_picture_says_of_which_results_it_is(tmp_path, monkeypatch):
+    results = tmp_path / "ladder.jsonl"
+    results.write_text("of these")
+    found = rows_of({(name, ladder.RUNGS[1], 1): 2.0 for name in (ladder.RECORD, "G11")})
+    monkeypatch.setattr(ladder, "results", lambda: found)
+    monkeypatch.setattr(ladder, "RESULTS", results)
+    ladder.draw(tmp_path / "ladder.png")
+    assert source_of(tmp_path / "ladder.png") == t.digest(results)
+
+
+def test_the_picture_of_the_docs_is_of_the_present_results():
+    assert source_of(ladder.PICTURE) == t.digest(ladder.RESULTS), "python tools/ladder.py draw"
+
+
+def source_of(picture) -> str:
+    """What its tEXt chunk `Source` says."""
+    return picture.read_bytes().split(b"tEXtSource\0")[1][:64].decode()

@@ -236,6 +236,19 @@ def table_of_rounding() -> Iterator[str]:
         yield row(way, *(loss for name, loss in lines if name == way))
 
 
+def table_of_adapters() -> Iterator[str]:
+    """A column for each artifact: what learning gains; and the time of the first."""
+    text = read("adapters.txt")
+    artifacts = re.findall(r"^(\S+)\.ptz$", text, re.M)
+    lines = re.findall(r"^  (\S.*?)  +\S+ +(\S+) +(\S+)$", text, re.M)
+    yield head(
+        "bits per byte gained", *(f"`{name}`" for name in artifacts), "time, in plain streams"
+    )
+    for way in dict.fromkeys(name for name, _, _ in lines if name != "without learning"):
+        gains, (time, *_) = zip(*(own for name, *own in lines if name == way), strict=True)
+        yield row(way, *gains, time)
+
+
 # --------------------------------------------------------------------------------------------------
 # The CUDA path, on a CPU
 
@@ -413,12 +426,15 @@ BLOCKS = dict(
     targets=table_of_targets,
     packers=table_of_packers,
     rounding=table_of_rounding,
+    adapters=table_of_adapters,
     graphs=table_of_graphs,
     floors=table_of_floors,
     savings=table_of_savings,
     fla=table_of_fla,
     logs=table_of_logs,
     ladder=lambda: table_of_tool("ladder", "tables"),
+    changes=lambda: table_of_tool("ladder", "table_of_changes"),
+    standing=lambda: table_of_tool("forecast", "at_equal_time"),
     costs=lambda: table_of_tool("forecast", "table"),
     pairs=lambda: table_of_tool("forecast", "table_of_pairs"),
 )

@@ -13,6 +13,8 @@ their time. What a layout learns from equal tokens is not in it: docs/record.md 
 
 import argparse
 import json
+import math
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -138,6 +140,36 @@ def table_of_pairs() -> Iterator[str]:
         yield (
             f"| {one} | {other} | {own:.2f}, {more:.2f} | {law:+.3f} | {published:+.3f} | "
             f"{published - law:+.3f} |"
+        )
+
+
+def at_equal_time() -> Iterator[str]:
+    """Of the toys on the highest rung where the record's has been. *In equal time* each has, of its
+    tokens, the share that its layout has of the record's at full size; what they cost is by its
+    own slope between this rung and the one below."""
+    found, rows = ladder.results(), measured()
+    below, top = [n for n in ladder.RUNGS if ladder.score(ladder.RECORD, n, found) < math.inf][-2:]
+
+    def tokens(candidate: str) -> float:  # at full size, in the middle of the forecast
+        return statistics.mean(by_speed(rows[candidate.partition(" + ")[0]])[0])
+
+    names = {run.candidate for run in found if run.tokens == top}
+    yield (
+        f"| candidate | seeds | bits per byte | deviation | behind | behind at {below:,} | "
+        "tokens in equal time | behind in equal time |"
+    )
+    yield "|---|--:|--:|--:|--:|--:|--:|--:|"
+    record = {n: ladder.score(ladder.RECORD, n, found) for n in (below, top)}
+    for name in ladder.best(names, top, found, len(names)):
+        scores = [row["pre_quant_val_bpb"] for run, row in found.items() if run[:2] == (name, top)]
+        deviation = f"{statistics.stdev(scores):.4f}" if len(scores) > 1 else "-"
+        own = {n: ladder.score(name, n, found) for n in (below, top)}
+        share = tokens(name) / tokens(ladder.RECORD)
+        more = (own[top] - own[below]) * math.log(share) / math.log(top / below)
+        behind = [own[n] - record[n] for n in (top, below)]
+        yield (
+            f"| {name} | {len(scores)} | {own[top]:.4f} | {deviation} | {behind[0]:+.4f} | "
+            f"{behind[1]:+.4f} | {share:.2f} | {behind[0] + more:+.4f} |"
         )
 
 

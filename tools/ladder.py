@@ -2,6 +2,7 @@
 
     DATA_PATH=... TOKENIZER_PATH=... python tools/ladder.py run     # what is missing; --workers 2
     python tools/ladder.py show                                     # tables of what is there
+    python tools/ladder.py draw                                     # their losses: docs/pictures/
 
 `run` climbs: every layout on the lowest rung; each change of the record, one at a time; then the
 best of all of these with another seed, on the next rung, and so on. It can be stopped at any
@@ -35,6 +36,7 @@ import logs  # noqa: E402
 import train_gpt as t  # noqa: E402
 
 RESULTS = ROOT / "logs" / "ladder.jsonl"
+PICTURE = ROOT / "docs" / "pictures" / "ladder.png"
 PATHS = "data_path", "tokenizer_path"  # of the environment; there is no default
 RUNGS = 614_400, 2_457_600, 9_830_400  # tokens
 TOY = dict(  # a quarter of the record in width, heads and their size; its rates and precisions
@@ -277,10 +279,9 @@ def climb(folder: Path, workers: int) -> None:
 # --- Tables ---------------------------------------------------------------------------------------
 
 
-def table(tokens: int) -> Iterator[str]:
-    """Of a rung: the candidates that have been on it, the best first."""
+def table(tokens: int, names: list[str]) -> Iterator[str]:
+    """Candidates that have been on a rung, the best first."""
     found = results()
-    names = {run.candidate for run in found if run.tokens == tokens}
     yield "| candidate | MLP | parameters | bits per byte | int6 | seeds |"
     yield "|---|--:|--:|--:|--:|--:|"
     for name in best(names, tokens, found, len(names)):
@@ -293,12 +294,79 @@ def table(tokens: int) -> Iterator[str]:
 
 
 def tables() -> Iterator[str]:
+    """Of each rung that has been reached."""
     reached = {run.tokens for run in results()}
     for tokens in filter(reached.__contains__, RUNGS):
+        on_it = {run.candidate for run in results() if run.tokens == tokens}
         yield f"{tokens:,} tokens, {target_bytes():,.0f} bytes by estimate:"
         yield ""
-        yield from table(tokens)
+        yield from table(tokens, [name for name in on_it if not is_change(name)])
         yield ""
+
+
+def is_change(candidate: str) -> bool:
+    return candidate.startswith(f"{RECORD} + ")
+
+
+def table_of_changes() -> Iterator[str]:
+    """Of the record on the lowest rung, by the seeds that it has too: what it has more."""
+    found, tokens = results(), RUNGS[0]
+    names = {run.candidate for run in found if is_change(run.candidate)}
+    yield "| change | MLP | parameters | bits per byte more | int6 more | seeds |"
+    yield "|---|--:|--:|--:|--:|--:|"
+    for name in best(names, tokens, found, len(names)):
+        pairs = [
+            (row, found[Run(RECORD, tokens, run.seed)])
+            for run, row in found.items()
+            if run[:2] == (name, tokens) and Run(RECORD, tokens, run.seed) in found
+        ]
+        row = pairs[0][0]
+        more = [
+            statistics.mean(own[of] - record[of] for own, record in pairs)
+            for of in ("pre_quant_val_bpb", "val_bpb")
+        ]
+        yield (
+            f"| {name.removeprefix(RECORD + ' + ')} | {row['mlp_mult']:.2f} | "
+            f"{row['parameters']:,} | {more[0]:+.4f} | {more[1]:+.4f} | {len(pairs)} |"
+        )
+
+
+# --- Picture --------------------------------------------------------------------------------------
+
+
+def smooth(curve: dict[int, float]) -> tuple[list[int], list[float]]:
+    """Of values by step: tokens, and means of what was logged within a quarter more or less."""
+
+    def near(step: int) -> float:
+        return statistics.mean(y for x, y in curve.items() if 0.8 * step <= x <= 1.25 * step)
+
+    steps = [step for step in curve if step >= 10]
+    return [TOY["train_batch_tokens"] * step for step in steps], [near(step) for step in steps]
+
+
+def draw(path: Path) -> None:
+    """Training losses of seed 1 on the highest rung of the record, and what the others have more on
+    the same batches. The picture says of which RESULTS it is. Raises: OSError."""
+    import plot
+
+    found = {run: row for run, row in results().items() if run.seed == 1}
+    top = max(run.tokens for run in found if run.candidate == RECORD)
+    curves = {run.candidate: dict(found[run]["losses"]) for run in found if run.tokens == top}
+    names = best(curves, top, found, len(curves))
+    title, subtitle = "Training loss on the ladder", f"seed 1, {top:,} tokens, the same batches"
+    figure, (upper, lower) = plot.new_figure(title, subtitle, 6.0, nrows=2, sharex=True)
+    ends = []
+    for name, colour in zip(names, plot.cycle(), strict=False):
+        more = {step: loss - curves[RECORD][step] for step, loss in curves[name].items()}
+        upper.plot(*smooth(curves[name]), color=colour)
+        lower.plot(*smooth(more), color=colour)
+        ends.append((smooth(more)[1][-1], name.replace(" + ", "\n+ "), colour))
+    upper.set(ylabel="nats per token", xscale="log")
+    lower.set(ylabel="more than the record", xlabel="tokens")
+    figure.align_ylabels()
+    plot.name_lines(lower, ends)
+    metadata = dict(Software=None, Source=t.digest(RESULTS))
+    figure.savefig(path, format="png", dpi=200, metadata=metadata)
 
 
 def main() -> int | str | None:
@@ -309,13 +377,16 @@ def main() -> int | str | None:
     run.add_argument("--workers", type=int, default=os.cpu_count())
     run.add_argument("--folder", type=Path, default=ROOT / "ladder", help="of logs and checkpoints")
     commands.add_parser("show")
+    commands.add_parser("draw")
     one = commands.add_parser("one")
     for name, kind in dict(candidate=str, tokens=int, seed=int).items():
         one.add_argument(name, type=kind)
     args = parser.parse_args()
     if args.command == "show":
-        print(*tables(), sep="\n")
+        print(*tables(), *table_of_changes(), sep="\n")
         return 0
+    if args.command == "draw":
+        return draw(PICTURE)
     if missing := [name.upper() for name in PATHS if name.upper() not in os.environ]:
         return f"ladder: {' and '.join(missing)}: not set, and there is no default"
     if args.command == "one":
