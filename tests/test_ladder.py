@@ -297,6 +297,22 @@ def test_in_equal_time_a_faster_layout_has_more_tokens(monkeypatch):
     ]
 
 
+def test_a_change_is_compared_with_the_record_of_its_seed(monkeypatch):
+    first, norm = ladder.RUNGS[0], f"{ladder.RECORD} + no output norm"
+    scores = {
+        (ladder.RECORD, first, 1): 2.5,
+        (ladder.RECORD, first, 2): 2.4,
+        ("G11", first, 1): 2.0,
+    }
+    scores |= {(norm, first, 1): 2.6, (norm, first, 2): 2.6, (norm, first, 3): 9.0}
+    rows = rows_of(scores)
+    for row in rows.values():
+        row |= dict(mlp_mult=2.0, parameters=1000, val_bpb=2 * row["pre_quant_val_bpb"])
+    monkeypatch.setattr(ladder, "results", lambda: rows)
+    _, _, *lines = ladder.table_of_changes()
+    assert lines == ["| no output norm | 2.00 | 1,000 | +0.1500 | +0.3000 | 2 |"]
+
+
 def test_a_smooth_curve_is_the_mean_of_what_is_near():
     tokens, losses = ladder.smooth({1: 9.0, 10: 5.0, 12: 3.0, 20: 1.0})
     assert tokens == [10 * 4096, 12 * 4096, 20 * 4096]
