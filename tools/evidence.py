@@ -230,7 +230,7 @@ def table_of_rounding() -> Iterator[str]:
     """A column for each artifact."""
     text = read("rounding.txt")
     artifacts = re.findall(r"^(\S+)\.ptz$", text, re.M)
-    lines = re.findall(r"^  (\S.*?)  +[\d,]+ +\S+ +\S+ +(\S+)$", text, re.M)
+    lines = re.findall(r"^  (\S.*?) +[\d,]+ +\S+ +\S+ +(\S+)$", text, re.M)
     yield head("bits per byte lost", *(f"`{name}`" for name in artifacts))
     for way in dict.fromkeys(name for name, _ in lines):
         yield row(way, *(loss for name, loss in lines if name == way))
