@@ -150,8 +150,9 @@ def at_equal_time() -> Iterator[str]:
     found, rows = ladder.results(), measured()
     below, top = [n for n in ladder.RUNGS if ladder.score(ladder.RECORD, n, found) < math.inf][-2:]
 
-    def tokens(candidate: str) -> float:  # at full size, in the middle of the forecast
-        return statistics.mean(by_speed(rows[candidate.partition(" + ")[0]])[0])
+    def tokens(candidate: str) -> float:  # at full size, in the middle; nan: not measured
+        row = rows.get(candidate.replace(" + even decays", ""))
+        return statistics.mean(by_speed(row)[0]) if row else math.nan
 
     names = {run.candidate for run in found if run.tokens == top}
     yield (
