@@ -168,9 +168,10 @@ def at_equal_time() -> Iterator[str]:
         share = tokens(name) / tokens(ladder.RECORD)
         more = (own[top] - own[below]) * math.log(share) / math.log(top / below)
         behind = [own[n] - record[n] for n in (top, below)]
+        in_time = f"{share:.2f} | {behind[0] + more:+.4f}" if share > 0 else "- | -"
         yield (
             f"| {name} | {len(scores)} | {own[top]:.4f} | {deviation} | {behind[0]:+.4f} | "
-            f"{behind[1]:+.4f} | {share:.2f} | {behind[0] + more:+.4f} |"
+            f"{behind[1]:+.4f} | {in_time} |"
         )
 
 
