@@ -305,6 +305,7 @@ def test_a_change_is_compared_with_the_record_of_its_seed(monkeypatch):
         ("G11", first, 1): 2.0,
     }
     scores |= {(norm, first, 1): 2.6, (norm, first, 2): 2.6, (norm, first, 3): 9.0}
+    scores |= {(f"{ladder.RECORD} + no XSA", first, 3): 2.0}  # with no record to compare
     rows = rows_of(scores)
     for row in rows.values():
         row |= dict(mlp_mult=2.0, parameters=1000, val_bpb=2 * row["pre_quant_val_bpb"])
@@ -327,6 +328,12 @@ def test_the_picture_says_of_which_results_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(ladder, "RESULTS", results)
     ladder.draw(tmp_path / "ladder.png")
     assert source_of(tmp_path / "ladder.png") == t.digest(results)
+
+
+def test_without_a_run_of_the_record_nothing_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder, "RESULTS", tmp_path / "none.jsonl")
+    monkeypatch.setattr(sys, "argv", ["ladder.py", "draw"])
+    assert "none.jsonl: no run of G3 S x3 + even decays with seed 1" in ladder.main()
 
 
 def test_the_picture_of_the_docs_is_of_the_present_results():

@@ -151,7 +151,7 @@ def at_equal_time() -> Iterator[str]:
     below, top = [n for n in ladder.RUNGS if ladder.score(ladder.RECORD, n, found) < math.inf][-2:]
 
     def tokens(candidate: str) -> float:  # at full size, in the middle; nan: not measured
-        row = rows.get(candidate.replace(" + even decays", ""))
+        row = rows.get(candidate.replace(" + even decays", ""))  # which cost nothing
         return statistics.mean(by_speed(row)[0]) if row else math.nan
 
     names = {run.candidate for run in found if run.tokens == top}

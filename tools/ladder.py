@@ -320,6 +320,8 @@ def table_of_changes() -> Iterator[str]:
             for run, row in found.items()
             if run[:2] == (name, tokens) and Run(RECORD, tokens, run.seed) in found
         ]
+        if not pairs:
+            continue
         row = pairs[0][0]
         more = [
             statistics.mean(own[of] - record[of] for own, record in pairs)
@@ -346,11 +348,15 @@ def smooth(curve: dict[int, float]) -> tuple[list[int], list[float]]:
 
 def draw(path: Path) -> None:
     """Training losses of seed 1 on the highest rung of the record, and what the others have more on
-    the same batches. The picture says of which RESULTS it is. Raises: OSError."""
+    the same batches. The picture says of which RESULTS it is. Raises: OSError, ValueError if the
+    record has not been run."""
     import plot
 
     found = {run: row for run, row in results().items() if run.seed == 1}
-    top = max(run.tokens for run in found if run.candidate == RECORD)
+    rungs = [run.tokens for run in found if run.candidate == RECORD]
+    if not rungs:
+        raise ValueError(f"{RESULTS}: no run of {RECORD} with seed 1, with which all are compared")
+    top = max(rungs)
     curves = {run.candidate: dict(found[run]["losses"]) for run in found if run.tokens == top}
     names = best(curves, top, found, len(curves))
     title, subtitle = "Training loss on the ladder", f"seed 1, {top:,} tokens, the same batches"
@@ -386,7 +392,10 @@ def main() -> int | str | None:
         print(*tables(), *table_of_changes(), sep="\n")
         return 0
     if args.command == "draw":
-        return draw(PICTURE)
+        try:
+            return draw(PICTURE)
+        except ValueError as error:
+            return f"ladder: {error}"
     if missing := [name.upper() for name in PATHS if name.upper() not in os.environ]:
         return f"ladder: {' and '.join(missing)}: not set, and there is no default"
     if args.command == "one":

@@ -21,9 +21,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "systems"), str(ROOT / "tools")]
-import packed  # noqa: E402  (the paths come first)
+import hybrid_1895  # noqa: E402  (the paths come first)
+import packed  # noqa: E402
 import repack  # noqa: E402
-from hybrid_1895 import hadamard  # noqa: E402
 
 import train_gpt as t  # noqa: E402
 from train_gpt import gptq_quantize  # noqa: E402
@@ -115,14 +115,14 @@ def calibrated_rounded(x: Trained, size: int) -> t.GPT:
 def values_rotated(x: Trained, size: int) -> t.GPT:
     """By a Hadamard matrix in each head of attention, undone in its output projection (#1895)."""
     model, hessians = copy.deepcopy(x.model), dict(x.hessians)
+    with mock.patch.object(hybrid_1895.layers, "SinkAttention", t.Attention):
+        hybrid_1895.GPT.rotate_values(model)
     for name, mixer in model.named_modules():
         if isinstance(mixer, t.Attention):
-            R = hadamard(mixer.head_dim)
-            v, o = mixer.v_proj.weight, mixer.o_proj.weight
-            v.copy_((R @ v.unflatten(0, (-1, len(R)))).flatten(0, 1))
-            o.copy_((o.unflatten(1, (-1, len(R))) @ R).flatten(1))
-            whole = torch.kron(torch.eye(o.shape[1] // len(R)), R)
-            hessians[f"{name}.o_proj.weight"] = whole @ hessians[f"{name}.o_proj.weight"] @ whole
+            o = f"{name}.o_proj.weight"
+            R = hybrid_1895.hadamard(mixer.head_dim)
+            R = torch.kron(torch.eye(len(hessians[o]) // len(R)), R)
+            hessians[o] = R @ hessians[o] @ R
     return x.packed(size, hessians, model)
 
 
