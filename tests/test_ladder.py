@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -146,6 +147,16 @@ def test_a_run_gets_the_settings_of_its_candidate(candidate):
     assert found == {key: wanted[key] for key in found} and len(wanted) == len(found) + 1
 
 
+@pytest.mark.parametrize("name", ["G40", "G11 + nothing", "transformer + G11", ""])
+def test_what_is_no_candidate_is_one_line(name, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ladder.py", "one", name, "4096", "1"])
+    for path in ladder.PATHS:
+        monkeypatch.setenv(path.upper(), "any")
+    assert (
+        ladder.main() == f"ladder: error: {name}: no name of LAYOUTS, with + and names of CHANGES"
+    )
+
+
 def test_no_two_candidates_share_files():
     everyone = [*EVERYONE, ladder.TRANSFORMER]
     assert len({ladder.Run(name, 1, 1).name() for name in everyone}) == len(everyone)
@@ -176,13 +187,18 @@ def test_the_climb_takes_the_best_and_their_changes():
     assert len(order) == len({*order})
     low, middle, top = ([run for run in order if run.tokens == tokens] for tokens in ladder.RUNGS)
     best = min(quality, key=quality.get)
-    climbers = {best, better, "G5 S G5 S=5", ladder.TRANSFORMER}
+    climbers = {best, better, *ladder.COMPARED}
     changed = {f"{ladder.RECORD} + {name}" for name in {*ladder.CHANGES} - {"even decays"}}
-    everyone = {*ladder.LAYOUTS, ladder.TRANSFORMER, ladder.RECORD, *changed}
+    everyone = {*ladder.LAYOUTS, *ladder.COMPARED, ladder.RECORD, *changed}
     assert {run.candidate for run in low} == everyone
     assert {run.candidate for run in middle} >= climbers
     assert {run.candidate for run in top} == climbers
     assert [run.tokens for run in order] == sorted(run.tokens for run in order)
+    for rung, firsts, seconds in (low, len(everyone), 10), (middle, 6, 4), (top, 2, 0):
+        for seed, count in (1, firsts), (2, seconds):
+            ran = {run.candidate for run in rung if run.seed == seed}
+            wanted = sorted(everyone, key=lambda name: scores(ladder.Run(name, 1, 1)))[:count]
+            assert ran == {*wanted, *(ladder.COMPARED if count else ())}
 
 
 def test_a_climb_that_was_stopped_goes_on():
@@ -204,11 +220,13 @@ def test_a_run_trains_and_its_result_can_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(ladder, "RESULTS", tmp_path / "ladder.jsonl")
     ladder.target_bytes.cache_clear()
     run = ladder.Run("G5 S G5 S=5 + convolution of 2", 1024, 3)
+    hp = ladder.toy_of(run.candidate)
     monkeypatch.chdir(tmp_path)
     with mock.patch.dict(os.environ, data, clear=True), as_before():
         monkeypatch.setattr(t, "masked_window_attention", t.masked_window_attention)
         ladder.train(run)
-    row = ladder.result_of(run, tmp_path / "logs" / f"{run.name()}.txt")
+    log = tmp_path / "logs" / f"{run.name()}.txt"
+    row = ladder.result_of(run, log)
     ladder.target_bytes.cache_clear()
     assert (row["candidate"], row["tokens"], row["seed"]) == run
     assert row["losses"] and 1 < row["pre_quant_val_bpb"] < 20 and row["bytes_model"] > 1000
@@ -217,6 +235,48 @@ def test_a_run_trains_and_its_result_can_be_read(tmp_path, monkeypatch):
         ladder.start(run, tmp_path)
     assert ladder.results() == {run: json.loads(json.dumps(row))}
     assert row["text"].keys() == {path.name for path in (tmp_path / "data").glob("*.bin")}
+    assert row["source"] == t.digest(ROOT / "train_gpt.py")[:12]
+    assert row["parameters"] == sum(p.numel() for p in variants.GPT(hp).parameters())
+    assert row["mlp_mult"] == hp.mlp_mult
+
+    text = log.read_text()
+    log.write_text(text.replace('"once": {"passed": true', '"once": {"passed": false'))
+    with pytest.raises(ValueError, match="its audit failed: once"):
+        ladder.result_of(run, log)
+    log.write_text("# " + text)  # of another program
+    assert ladder.result_of(run, log)["source"] != row["source"]
+
+
+def climb(monkeypatch, tmp_path, *lines: str):
+    results = tmp_path / "ladder.jsonl"
+    results.write_text("".join(lines))
+    monkeypatch.setattr(ladder, "RESULTS", results)
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    monkeypatch.setenv("TOKENIZER_PATH", "any")
+    arguments = ["run", "--workers", "1", "--folder", str(tmp_path / "runs")]
+    monkeypatch.setattr(sys, "argv", ["ladder.py", *arguments])
+    return ladder.main()
+
+
+def test_a_climb_stays_on_its_text(monkeypatch, tmp_path):
+    row = json.dumps(dict(candidate="G11", tokens=1, seed=1, text={"fineweb_val_000000.bin": "0"}))
+    said = climb(monkeypatch, tmp_path, row)
+    assert said.startswith(f"ladder: error: DATA_PATH={tmp_path}: ") and "as G11_1_1" in said
+
+
+def test_a_line_that_was_cut_off_is_one_line(monkeypatch, tmp_path):
+    row = json.dumps(dict(candidate="G11", tokens=1, seed=1, text={}))
+    said = climb(monkeypatch, tmp_path, row + "\n", row[:20])
+    assert said.startswith(f"ladder: error: {tmp_path / 'ladder.jsonl'}: line 2: ")
+
+
+def test_a_run_that_fails_says_why_and_where(monkeypatch, tmp_path):
+    """There is no text."""
+    said = climb(monkeypatch, tmp_path)
+    assert said.startswith("ladder: error: G5_S_G5_S_5_614400_1: ")
+    assert "TOKENIZER_PATH=" in said or str(tmp_path) in said
+    assert said.endswith(str(tmp_path / "runs" / "logs" / "G5_S_G5_S_5_614400_1.txt"))
+    assert "Traceback" not in said and "\n" not in said
 
 
 # --------------------------------------------------------------------------------------------------
@@ -233,7 +293,8 @@ def test_at_full_size_the_candidate_of_its_layout_is_the_record():
 @pytest.mark.parametrize("candidate", ["G S x6, narrow", "G2 S8 G, grouped", "transformer"])
 def test_at_full_size_all_bytes_are_used(candidate):
     hp, module = forecast.full_of(candidate), ladder.module_of(candidate)
-    used = sum(ladder.bench.estimated_bytes(hp, module)) + ladder.bench.code_bytes("record")
+    system = module.Hyperparameters.system if candidate == "transformer" else "record"
+    used = sum(ladder.bench.estimated_bytes(hp, module)) + ladder.bench.code_bytes(system)
     assert 0.999 * forecast.ARTIFACT_BYTES < used <= forecast.ARTIFACT_BYTES
     toy = ladder.toy_of(candidate)
     assert (hp.model_dim, hp.gdn_heads) == (4 * toy.model_dim, 2 * toy.gdn_heads)
@@ -258,7 +319,7 @@ def test_a_score_by_speed_is_the_published_one_corrected_for_tokens():
     (fewest, _), (worst, _) = forecast.by_speed(row("A11", 3.90e9 / 0.77))
     assert fewest == pytest.approx(3.90e9) and worst == pytest.approx(1.0667)
     (fewest, most), (worst, best) = forecast.by_speed(row("G3 S", 3.90e9))
-    assert (fewest, most) == pytest.approx((0.67 * 3.90e9, 0.77 * 3.90e9))
+    assert (fewest, most) == pytest.approx((0.65 * 3.90e9, 0.76 * 3.90e9))
     assert worst > best > 1.0667
 
 
@@ -278,10 +339,12 @@ def rows_of(scores: dict[tuple[str, int, int], float]) -> dict:
 def test_in_equal_time_a_faster_layout_has_more_tokens(monkeypatch):
     """By the slope of its own two rungs: 0.4 for four times the tokens is 0.1 for their root of
     four, here 1.414."""
-    first, second, _ = ladder.RUNGS
+    first, second, third = ladder.RUNGS
     fast = "G2 S x4"
     scores = {(ladder.RECORD, first, 1): 2.5, (ladder.RECORD, second, 1): 2.1}
     scores |= {(fast, first, 1): 2.6, (fast, second, 1): 2.1, (fast, second, 2): 2.3}
+    scores |= {("G11", first, 1): 2.5, ("G11", second, 1): 2.0}  # its step was not measured
+    scores |= {("S11", second, 1): 2.0, ("G S x6", third, 1): 1.0}  # on one rung
     speeds = {"G3 S x3": 1.0, fast: 2**0.5}
     costs = {
         name: dict(layout="G S", seconds=[(0.0, 1 / speed)], tokens=1e6)
@@ -292,9 +355,41 @@ def test_in_equal_time_a_faster_layout_has_more_tokens(monkeypatch):
     _, _, *lines = forecast.at_equal_time()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells == [
-        [ladder.RECORD, "1", "2.1000", "-", "+0.0000", "+0.0000", "1.00", "+0.0000"],
-        [fast, "2", "2.2000", "0.1414", "+0.1000", "+0.1000", "1.41", "+0.0000"],
+        ["2,457,600", "G11", "1", "2.0000", "-", "-0.1000", "+0.0000", "-", "-"],
+        ["2,457,600", ladder.RECORD, "1", "2.1000", "-", *["+0.0000"] * 2, "1.00", "+0.0000"],
+        ["2,457,600", fast, "2", "2.2000", "0.1414", "+0.0000", "+0.1000", "1.41", "-0.1000"],
     ]
+
+
+@pytest.mark.parametrize("runs", [{}, {("G3 S x3 + even decays", 614_400, 1): 2.5}])
+def test_without_two_rungs_there_is_nothing_to_compare(monkeypatch, runs):
+    monkeypatch.setattr(ladder, "results", lambda: rows_of(runs))
+    assert len([*forecast.at_equal_time()]) == 2
+
+
+def test_steps_of_another_source_are_measured_again(monkeypatch, tmp_path):
+    present = dict(source=t.digest(ROOT / "train_gpt.py")[:12], seconds=[(0.0, 1.0)], tokens=1e6)
+    old = present | dict(candidate="S11", source="another")
+    steps, rows = tmp_path / "steps.jsonl", [present | dict(candidate="G11"), old]
+    steps.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(forecast, "STEPS", steps)
+    asked = []
+
+    def measure(command, **_):
+        asked.append(command[-1])
+        return SimpleNamespace(stdout=json.dumps(present | dict(candidate=command[-1])))
+
+    monkeypatch.setattr(forecast.subprocess, "run", measure)
+    forecast.measure_missing(["G11", "S11", "G2 S x4"])
+    assert asked == ["S11", "G2 S x4"]
+    found = [json.loads(line) for line in steps.read_text().splitlines()]
+    assert [row["candidate"] for row in found] == ["G11", "S11", "G2 S x4"]
+    assert len({row["source"] for row in found}) == 1
+
+
+def test_what_has_no_step_is_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["forecast.py", "steps", "G40"])
+    assert forecast.main().startswith("forecast: error: G40: no name of LAYOUTS")
 
 
 def test_a_change_is_compared_with_the_record_of_its_seed(monkeypatch):
@@ -315,9 +410,9 @@ def test_a_change_is_compared_with_the_record_of_its_seed(monkeypatch):
 
 
 def test_a_smooth_curve_is_the_mean_of_what_is_near():
-    tokens, losses = ladder.smooth({1: 9.0, 10: 5.0, 12: 3.0, 20: 1.0})
-    assert tokens == [10 * 4096, 12 * 4096, 20 * 4096]
-    assert losses == [4.0, 4.0, 1.0]
+    tokens, losses = ladder.smooth({1: 9.0, 10: 5.0, 12: 3.0, 20: 1.0, 26: 2.0})
+    assert tokens == [10 * 4096, 12 * 4096, 20 * 4096, 26 * 4096]
+    assert losses == [4.0, 4.0, 1.0, 2.0]
 
 
 def test_the_picture_says_of_which_results_it_is(tmp_path, monkeypatch):

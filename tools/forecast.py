@@ -12,6 +12,7 @@ their time. What a layout learns from equal tokens is not in it: docs/record.md 
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -36,8 +37,8 @@ EXPONENT = 0.45  # #549, #1005: 1.1369, 1.1098, 1.0939 at 5.65, 15.7, 39.3 billi
 BILLION = 0.1115  # #1950, #1979: 1.06445, 1.03969 at 3.90, 12.58 billion tokens
 ANCHOR = 3.90e9, 1.0667  # tokens and score of #1787, whose layout `transformer` has
 # Share of its bound that a stack reaches
-TRANSFORMERS = 0.77, 0.82  # #1493, #1787
-HYBRIDS = 0.67, 0.77  # the record on an H100, before fla's convolution (docs/cuda.md); #1895
+TRANSFORMERS = 0.77, 0.83  # #1493, #1787
+HYBRIDS = 0.65, 0.76  # the record before on an H100, without fla's convolution; #1895
 
 # Not used for the law: a recurrent layout, its attention, billions of tokens, difference published
 PAIRS = (
@@ -53,7 +54,9 @@ def full_of(candidate: str):
     """Its hyperparameters at full size. Raises: ValueError."""
     own = ladder.overrides(candidate)
     settings = {name: value * (2 if name in SCALED else 1) for name, value in own.items()}
-    return ladder.fitted(candidate, settings, ARTIFACT_BYTES - ladder.bench.code_bytes("record"))
+    module = ladder.module_of(candidate)
+    system = "record" if module is ladder.variants else module.Hyperparameters.system
+    return ladder.fitted(candidate, settings, ARTIFACT_BYTES - ladder.bench.code_bytes(system))
 
 
 def measure(candidate: str) -> dict:
@@ -81,14 +84,16 @@ def measured() -> dict[str, dict]:
 
 
 def measure_missing(names: list[str]) -> None:
-    """Raises: CalledProcessError."""
+    """Those of another source are missing, too. Raises: CalledProcessError, OSError, ValueError."""
+    source = ladder.t.digest(ROOT / "train_gpt.py")[:12]
     for name in names:
-        if name not in measured():
+        ladder.overrides(name)
+        if measured().get(name, {}).get("source") != source:
             command = [sys.executable, __file__, "one", name]
             line = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             row = json.loads(line.splitlines()[-1])
-            with STEPS.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            rows = measured() | {name: row}
+            STEPS.write_text("".join(json.dumps(own) + "\n" for own in rows.values()))
             print(f"{name}: {tokens_per_second(row) / 1e6:.2f} M tokens/s at most", flush=True)
 
 
@@ -144,50 +149,54 @@ def table_of_pairs() -> Iterator[str]:
 
 
 def at_equal_time() -> Iterator[str]:
-    """Of the toys on the highest rung where the record's has been. *In equal time* each has, of its
-    tokens, the share that its layout has of the record's at full size; what they cost is by its
-    own slope between this rung and the one below."""
+    """Of toys on a rung and the one below, against the record by the same seeds. *In equal time*
+    each has, of its tokens, the share that its layout has of the record's at full size; what they
+    cost is by its own slope between the two rungs."""
     found, rows = ladder.results(), measured()
-    below, top = [n for n in ladder.RUNGS if ladder.score(ladder.RECORD, n, found) < math.inf][-2:]
 
     def tokens(candidate: str) -> float:  # at full size, in the middle; nan: not measured
         row = rows.get(candidate.replace(" + even decays", ""))  # which cost nothing
         return statistics.mean(by_speed(row)[0]) if row else math.nan
 
-    names = {run.candidate for run in found if run.tokens == top}
     yield (
-        f"| candidate | seeds | bits per byte | deviation | behind | behind at {below:,} | "
+        "| tokens | candidate | seeds | bits per byte | deviation | behind | a rung before | "
         "tokens in equal time | behind in equal time |"
     )
-    yield "|---|--:|--:|--:|--:|--:|--:|--:|"
-    record = {n: ladder.score(ladder.RECORD, n, found) for n in (below, top)}
-    for name in ladder.best(names, top, found, len(names)):
-        scores = [row["pre_quant_val_bpb"] for run, row in found.items() if run[:2] == (name, top)]
-        deviation = f"{statistics.stdev(scores):.4f}" if len(scores) > 1 else "-"
-        own = {n: ladder.score(name, n, found) for n in (below, top)}
-        share = tokens(name) / tokens(ladder.RECORD)
-        more = (own[top] - own[below]) * math.log(share) / math.log(top / below)
-        behind = [own[n] - record[n] for n in (top, below)]
-        in_time = f"{share:.2f} | {behind[0] + more:+.4f}" if share > 0 else "- | -"
-        yield (
-            f"| {name} | {len(scores)} | {own[top]:.4f} | {deviation} | {behind[0]:+.4f} | "
-            f"{behind[1]:+.4f} | {in_time} |"
-        )
+    yield "|--:|---|--:|--:|--:|--:|--:|--:|--:|"
+    names = {run.candidate for run in found}
+    for below, top in itertools.pairwise(ladder.RUNGS):
+        for name in ladder.best(names, top, found, len(names)):
+            then, now = (ladder.behind(name, n, found) for n in (below, top))
+            if math.inf in (then, now):
+                continue
+            own = [row["pre_quant_val_bpb"] for run, row in found.items() if run[:2] == (name, top)]
+            deviation = f"{statistics.stdev(own):.4f}" if len(own) > 1 else "-"
+            share = tokens(name) / tokens(ladder.RECORD)
+            gain = ladder.score(name, top, found) - ladder.score(name, below, found)
+            in_time = now + gain * math.log(share) / math.log(top / below)
+            equal = f"{share:.2f} | {in_time:+.4f}" if share > 0 else "- | -"
+            yield (
+                f"| {top:,} | {name} | {len(own)} | {statistics.mean(own):.4f} | {deviation} | "
+                f"{now:+.4f} | {then:+.4f} | {equal} |"
+            )
 
 
-def main() -> None:
+def main() -> str | None:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("command", choices=["steps", "show", "one"])
     parser.add_argument("names", nargs="*", metavar="NAME")
     args = parser.parse_args()
-    if args.command == "one":
-        print(json.dumps(measure(args.names[0])))
-    elif args.command == "steps":
-        measure_missing(args.names or [*ladder.LAYOUTS, ladder.TRANSFORMER])
-    else:
-        print(*table(), sep="\n")
+    try:
+        if args.command == "one":
+            print(*(json.dumps(measure(name)) for name in args.names), sep="\n")
+        elif args.command == "steps":
+            measure_missing(args.names or [*ladder.LAYOUTS, ladder.TRANSFORMER])
+        else:
+            print(*table(), sep="\n")
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        return f"forecast: error: {error}"
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,6 +12,7 @@ MLP as the bytes of the reference's toy allow.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -39,7 +40,7 @@ RESULTS = ROOT / "logs" / "ladder.jsonl"
 PICTURE = ROOT / "docs" / "pictures" / "ladder.png"
 PATHS = "data_path", "tokenizer_path"  # of the environment; there is no default
 RUNGS = 614_400, 2_457_600, 9_830_400  # tokens
-TOY = dict(  # a quarter of the record in width, heads and their size; its rates and precisions
+TOY = dict(  # a quarter of the record's width, half of its heads, half as large; its rates
     vocab_size=1024,
     train_batch_tokens=4096,
     train_seq_len=2048,
@@ -102,6 +103,8 @@ CHANGES = {
     "even decays": dict(even_decays=True),
 }
 RECORD = "G3 S x3 + even decays"  # but for the SmearGate, whose absence is one of its changes
+# On every rung: the record before, attention, and the record with fewer heads, which is faster
+COMPARED = "G5 S G5 S=5", TRANSFORMER, "G3 S x3, narrow + even decays"
 
 
 class Run(NamedTuple):
@@ -117,8 +120,10 @@ class Run(NamedTuple):
 
 
 def overrides(candidate: str) -> dict:
-    """Beside TOY: a name of LAYOUTS, with " + NAME" for each change."""
+    """Beside TOY: a name of LAYOUTS, with " + NAME" for each change. Raises: ValueError."""
     layout, *changes = candidate.split(" + ")
+    if layout not in {*LAYOUTS, TRANSFORMER} or not CHANGES.keys() >= {*changes}:
+        raise ValueError(f"{candidate}: no name of LAYOUTS, with + and names of CHANGES")
     found = {} if layout == TRANSFORMER else dict(LAYOUTS[layout])
     for name in changes:
         found |= CHANGES[name]
@@ -184,7 +189,8 @@ def train(run: Run) -> None:
 
 
 def start(run: Run, folder: Path) -> None:
-    """In a process of its own, with one thread. Appends the result. Raises: RuntimeError."""
+    """In a process of its own, with one thread. Appends the result. Raises: RuntimeError, OSError,
+    ValueError."""
     paths = {name.upper(): str(Path(os.environ[name.upper()]).resolve()) for name in PATHS}
     env = os.environ | paths | dict(OMP_NUM_THREADS="1")
     command = [sys.executable, __file__, "one", run.candidate, str(run.tokens), str(run.seed)]
@@ -192,7 +198,8 @@ def start(run: Run, folder: Path) -> None:
     if not has_ended(log):  # a climb that was killed leaves its runs to their end
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{run}: {done.stdout[-500:]}{done.stderr[-2000:]}")
+            said = (done.stdout + done.stderr).rstrip().rpartition("\n")[2]
+            raise RuntimeError(f"{run.name()}: {said}, see {log}")
     row = result_of(run, log)
     with RESULTS.open("a") as file:
         file.write(json.dumps(row) + "\n")
@@ -204,13 +211,16 @@ def has_ended(log: Path) -> bool:
 
 
 def result_of(run: Run, log: Path) -> dict:
-    """A line of RESULTS: bits per byte of the run's stages, its training loss, what it was."""
+    """A line of RESULTS: bits per byte of the run's stages, its training loss, what it was.
+    Raises: ValueError if the run did not pass its own audit."""
     found, _ = logs.choose(log, logs.read_runs(log))
     figures, settings = found.figures, found.settings
+    if failed := [name for name, check in figures["checks"].items() if not check["passed"]]:
+        raise ValueError(f"{log}: its audit failed: {', '.join(failed)}")
     text = log.read_text()
     losses = re.findall(r"^step:(\d+)/\d+ train_loss:(\S+) train_time:(\d+)ms", text, re.M)
     names = "raw_val_bpb pre_quant_val_bpb val_bpb bytes_model".split()
-    shards = sorted(Path(settings["data_path"]).glob("fineweb_*.bin"))
+    source = found.sources[0].removesuffix("\n")
     return (
         run._asdict()
         | {name: figures[name] for name in names}
@@ -218,17 +228,28 @@ def result_of(run: Run, log: Path) -> dict:
             parameters=int(re.findall(r"^model_params:(\d+)", text, re.M)[-1]),
             mlp_mult=float(settings["mlp_mult"]),
             step_milliseconds=float(losses[-1][2]) / int(losses[-1][0]),
-            losses=[(int(step), float(loss)) for step, loss, _ in losses],
-            text={path.name: t.digest(path)[:12] for path in shards},
-            source=t.digest(ROOT / "train_gpt.py")[:12],
+            losses=[*{int(step): float(loss) for step, loss, _ in losses}.items()],
+            text=shards_of(settings["data_path"]),
+            source=hashlib.sha256(source.encode()).hexdigest()[:12],
         )
     )
 
 
+def shards_of(folder: str) -> dict[str, str]:
+    """The shards of a text, by name, and the beginnings of their digests."""
+    return {path.name: t.digest(path)[:12] for path in sorted(Path(folder).glob("fineweb_*.bin"))}
+
+
 def results() -> dict[Run, dict]:
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    rows = [json.loads(line) for line in lines]
-    return {Run(row["candidate"], row["tokens"], row["seed"]): row for row in rows}
+    """Raises: ValueError if a line of RESULTS is damaged."""
+    found, lines = {}, RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{RESULTS}: line {number}: {error}") from None
+        found[Run(row["candidate"], row["tokens"], row["seed"])] = row
+    return found
 
 
 # --- The climb ------------------------------------------------------------------------------------
@@ -240,19 +261,29 @@ def score(candidate: str, tokens: int, found: dict[Run, dict]) -> float:
     return statistics.mean(bpb) if bpb else math.inf
 
 
+def behind(candidate: str, tokens: int, found: dict[Run, dict], figure="pre_quant_val_bpb"):
+    """What it has more than the record, the mean over the seeds that both have; infinite if there
+    is none."""
+    pairs = [
+        (row[figure], found[record][figure])
+        for run, row in found.items()
+        if run[:2] == (candidate, tokens) and (record := Run(RECORD, *run[1:])) in found
+    ]
+    return statistics.mean(own - other for own, other in pairs) if pairs else math.inf
+
+
 def best(candidates, tokens: int, found: dict[Run, dict], count: int) -> list[str]:
     return sorted(candidates, key=lambda name: score(name, tokens, found))[:count]
 
 
 def next_runs(found: dict[Run, dict]) -> list[Run]:
     """Of the first stage that is not complete; [] at the top."""
-    reference = [next(iter(LAYOUTS)), TRANSFORMER]
     first, second, third = RUNGS
     changed = [f"{RECORD} + {name}" for name in CHANGES if f" + {name}" not in RECORD]
-    everyone = [*LAYOUTS, TRANSFORMER, RECORD, *changed]
+    everyone = [*dict.fromkeys([*LAYOUTS, *COMPARED, RECORD, *changed])]
 
     def leaders(count: int, tokens: int) -> list[str]:
-        return [*dict.fromkeys(best(everyone, tokens, found, count) + reference)]
+        return [*dict.fromkeys([*best(everyone, tokens, found, count), *COMPARED])]
 
     stages = (
         (first, 1, lambda: everyone),
@@ -269,6 +300,11 @@ def next_runs(found: dict[Run, dict]) -> list[Run]:
 
 
 def climb(folder: Path, workers: int) -> None:
+    """Raises: RuntimeError, OSError, ValueError if a run fails, or RESULTS are of another text."""
+    text = shards_of(os.environ["DATA_PATH"])
+    if others := [run.name() for run, row in results().items() if row["text"] != text]:
+        told = f"{RESULTS} has runs on another text, as {others[0]}: move that file away"
+        raise ValueError(f"DATA_PATH={os.environ['DATA_PATH']}: {told}")
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     while missing := next_runs(results()):
         print(f"{len(missing)} runs of {missing[0].tokens:,} tokens", flush=True)
@@ -294,13 +330,14 @@ def table(tokens: int, names: list[str]) -> Iterator[str]:
 
 
 def tables() -> Iterator[str]:
-    """Of each rung that has been reached."""
+    """Of each rung that has been reached; changes on the lowest are in the table below."""
     reached = {run.tokens for run in results()}
     for tokens in filter(reached.__contains__, RUNGS):
         on_it = {run.candidate for run in results() if run.tokens == tokens}
+        changes = set(filter(is_change, on_it)) if tokens == RUNGS[0] else set()
         yield f"{tokens:,} tokens, {target_bytes():,.0f} bytes by estimate:"
         yield ""
-        yield from table(tokens, [name for name in on_it if not is_change(name)])
+        yield from table(tokens, [*(on_it - changes)])
         yield ""
 
 
@@ -311,33 +348,29 @@ def is_change(candidate: str) -> bool:
 def table_of_changes() -> Iterator[str]:
     """Of the record on the lowest rung, by the seeds that it has too: what it has more."""
     found, tokens = results(), RUNGS[0]
-    names = {run.candidate for run in found if is_change(run.candidate)}
+    changes = {run.candidate for run in found if is_change(run.candidate)}
+    compared = {name: behind(name, tokens, found) for name in changes}
     yield "| change | MLP | parameters | bits per byte more | int6 more | seeds |"
     yield "|---|--:|--:|--:|--:|--:|"
-    for name in best(names, tokens, found, len(names)):
-        pairs = [
-            (row, found[Run(RECORD, tokens, run.seed)])
-            for run, row in found.items()
-            if run[:2] == (name, tokens) and Run(RECORD, tokens, run.seed) in found
-        ]
-        if not pairs:
-            continue
-        row = pairs[0][0]
-        more = [
-            statistics.mean(own[of] - record[of] for own, record in pairs)
-            for of in ("pre_quant_val_bpb", "val_bpb")
-        ]
-        yield (
-            f"| {name.removeprefix(RECORD + ' + ')} | {row['mlp_mult']:.2f} | "
-            f"{row['parameters']:,} | {more[0]:+.4f} | {more[1]:+.4f} | {len(pairs)} |"
-        )
+    for name, more in sorted(compared.items(), key=lambda item: item[1]):
+        if more < math.inf:
+            rows = [
+                row
+                for run, row in found.items()
+                if run[:2] == (name, tokens) and Run(RECORD, *run[1:]) in found
+            ]
+            yield (
+                f"| {name.removeprefix(RECORD + ' + ')} | {rows[0]['mlp_mult']:.2f} | "
+                f"{rows[0]['parameters']:,} | {more:+.4f} | "
+                f"{behind(name, tokens, found, 'val_bpb'):+.4f} | {len(rows)} |"
+            )
 
 
 # --- Picture --------------------------------------------------------------------------------------
 
 
 def smooth(curve: dict[int, float]) -> tuple[list[int], list[float]]:
-    """Of values by step: tokens, and means of what was logged within a quarter more or less."""
+    """Of values by step: tokens, and means of what was logged at 0.8 to 1.25 of them."""
 
     def near(step: int) -> float:
         return statistics.mean(y for x, y in curve.items() if 0.8 * step <= x <= 1.25 * step)
@@ -375,7 +408,7 @@ def draw(path: Path) -> None:
     figure.savefig(path, format="png", dpi=200, metadata=metadata)
 
 
-def main() -> int | str | None:
+def main() -> str | None:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -388,19 +421,18 @@ def main() -> int | str | None:
     for name, kind in dict(candidate=str, tokens=int, seed=int).items():
         one.add_argument(name, type=kind)
     args = parser.parse_args()
-    if args.command == "show":
-        print(*tables(), *table_of_changes(), sep="\n")
-        return 0
-    if args.command == "draw":
-        try:
+    try:
+        if args.command == "show":
+            return print(*tables(), *table_of_changes(), sep="\n")
+        if args.command == "draw":
             return draw(PICTURE)
-        except ValueError as error:
-            return f"ladder: {error}"
-    if missing := [name.upper() for name in PATHS if name.upper() not in os.environ]:
-        return f"ladder: {' and '.join(missing)}: not set, and there is no default"
-    if args.command == "one":
-        return train(Run(args.candidate, args.tokens, args.seed))
-    return climb(args.folder.resolve(), args.workers)
+        if missing := [name.upper() for name in PATHS if name.upper() not in os.environ]:
+            raise ValueError(f"{' and '.join(missing)}: not set, and there is no default")
+        if args.command == "one":
+            return train(Run(args.candidate, args.tokens, args.seed))
+        return climb(args.folder.resolve(), args.workers)
+    except (OSError, ValueError, RuntimeError) as error:
+        return f"ladder: error: {error}"
 
 
 if __name__ == "__main__":
