@@ -70,7 +70,7 @@ def script_of(system: str) -> Path:
 
 def module_of(system: str):
     """The module with its Hyperparameters and GPT. Raises: ValueError naming SYSTEM."""
-    if system not in SYSTEMS:
+    if system not in (*SYSTEMS, "variants"):  # those are toys of tools/ladder.py
         raise ValueError(f"SYSTEM={system!r}: expected one of {', '.join(SYSTEMS)}")
     return t if system == "record" else importlib.import_module(system)
 

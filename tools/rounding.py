@@ -2,14 +2,13 @@
 
     python tools/rounding.py ARTIFACT... [--bytes N]
 
-Of each artifact ARTIFACT.trained.pt is read, packed in every way until artifact and code have as
-many bytes, by default those that they have, and scored in windows that do not overlap, on the text
-of the run or of DATA_PATH and TOKENIZER_PATH. A line: bits per byte more than before rounding.
+Of each artifact ARTIFACT.trained.pt is read, packed in every way into as many bytes, by default
+those of the artifact, and scored in windows that do not overlap, on the text of the run or of
+DATA_PATH and TOKENIZER_PATH. A line: bytes reached, bits per byte before and after, and the loss.
 """
 
 import argparse
 import copy
-import importlib
 import os
 import sys
 import tempfile
@@ -21,7 +20,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "systems"), str(ROOT / "tools")]
-import hybrid_1895  # noqa: E402  (the paths come first)
+import bench  # noqa: E402  (the paths come first)
+import hybrid_1895  # noqa: E402
 import packed  # noqa: E402
 import repack  # noqa: E402
 
@@ -41,7 +41,7 @@ def read_once(name: str, H: torch.Tensor) -> torch.Tensor:
 def by_row(W: torch.Tensor, H: torch.Tensor, bits, clip_sigmas: torch.Tensor):
     """Steps in proportion to the deviation of each row, instead of one for the tensor."""
     deviation = W.std(1)
-    step = (clip_sigmas * deviation).min()  # of rows that are not clipped
+    step = (clip_sigmas * deviation).median()  # which most rows have, those that are not clipped
     return gptq_quantize(W, H, bits, (step / deviation.square().mean().sqrt()).clamp(min=6.0))
 
 
@@ -52,16 +52,16 @@ class Trained:
     """A model before rounding, its Hessians and its text."""
 
     def __init__(self, path: Path):
-        state = packed.read_state(Path(f"{path}.trained.pt"))
-        name = state["system"]
-        self.module = t if name == "record" else importlib.import_module(name)
+        state = packed.read_state(Path(f"{path}.trained.pt"), "system", "config", "figures")
+        self.module = bench.module_of(state["system"])
         known = self.module.Hyperparameters.__dataclass_fields__
         config = {key: value for key, value in state["config"].items() if key in known}
         config |= {key: os.environ.get(key.upper(), config[key]) for key in TEXT}
         self.hp = self.module.Hyperparameters(**config)
         self.model = self.module.GPT(self.hp)
         repack.restore(self.model, state["weights"], path)
-        self.hessians, self.validation = state["hessians"], t.Validation(self.hp)
+        self.hessians, self.figures = state["hessians"], state["figures"]
+        self.validation = getattr(self.module, "Validation", t.Validation)(self.hp)
 
     def bits_per_byte(self, model: t.GPT) -> float:
         tokens, hp = self.validation.tokens, self.hp
@@ -70,19 +70,23 @@ class Trained:
             return t.validate(model, self.validation, plan, "rounding")["val_bpb"]
 
     def batches(self, count: int) -> list:
-        """The first of the training text."""
-        stream = t.TokenStream(self.hp.data_path, "train", self.hp.vocab_size)
-        loader = t.TrainLoader(stream, self.hp)
-        return [loader.next() for _ in range(count * self.hp.micro_steps())]
+        """Of the text behind the training, as the run's own calibration."""
+        hp = self.hp
+        calibrated = hp.gptq_calibration_batches * hp.train_batch_tokens
+        stream = t.TokenStream(hp.data_path, "train", hp.vocab_size)
+        loader = t.TrainLoader(stream, hp, self.figures["tokens_read"] - calibrated)
+        return [loader.next() for _ in range(count * hp.micro_steps())]
 
     def packed(self, size: int, hessians=None, model=None, gptq=gptq_quantize, **changes) -> t.GPT:
-        """The model of an artifact of so many bytes, with the code."""
+        """The model of an artifact of so many bytes."""
         model, hessians = model or self.model, hessians or self.hessians
         with tempfile.TemporaryDirectory() as folder:
-            own = dict(artifact=f"{folder}/a.ptz", artifact_target_bytes=size)
+            code = sum(path.stat().st_size for path in t.code_files())  # of this process
+            own = dict(artifact=f"{folder}/a.ptz", artifact_target_bytes=size + code)
             model.hp = hp = replace(self.hp, **own, **changes)
             with mock.patch.object(t, "gptq_quantize", gptq):
                 t.fit(hp, model, hessians)
+            self.reached = Path(hp.artifact).stat().st_size
             classes = self.module.Hyperparameters, self.module.GPT
             return t.load_artifact(hp.artifact, "cpu", *classes)[0]
 
@@ -131,7 +135,9 @@ def low_rank(x: Trained, size: int, rank: int = 4) -> t.GPT:
     """What rounding takes from the outputs of each matrix is given back up to a rank (LQER,
     arXiv:2402.02446), at one byte a number, though the numbers are not rounded."""
     matrices = {n: W for n, W in x.model.named_parameters() if x.model.kinds[n] == t.MATRIX}
-    rounded = x.packed(size - rank * sum(sum(W.shape) for W in matrices.values()))
+    numbers = rank * sum(sum(W.shape) for W in matrices.values())
+    rounded = x.packed(size - numbers)
+    x.reached += numbers
     for name, W in matrices.items():
         own, H = rounded.get_parameter(name), x.hessians[name]
         root = torch.linalg.cholesky(H + 0.01 * H.diagonal().mean() * torch.eye(len(H)))
@@ -155,14 +161,14 @@ WAYS = {
 
 
 def measure(path: Path, size: int | None) -> None:
-    """A line for each way. Raises: OSError, ValueError naming the file, ImportError."""
+    """A line for each way. Raises: OSError, ValueError naming the file."""
     trained = Trained(path)
     before = trained.bits_per_byte(trained.model)
-    size = size or path.stat().st_size + sum(x.stat().st_size for x in t.code_files())
+    size = size or path.stat().st_size
     print(path.name)
     for way in WAYS:
         after = trained.bits_per_byte(WAYS[way](trained, size))
-        figures = f"{size:>10,}{before:>9.4f}{after:>9.4f}{after - before:>10.5f}"
+        figures = f"{trained.reached:>10,}{before:>9.4f}{after:>9.4f}{after - before:>10.5f}"
         print(f"  {way:<28}{figures}", flush=True)
 
 
@@ -170,13 +176,13 @@ def main() -> int | str:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("artifacts", type=Path, nargs="+", metavar="ARTIFACT")
-    parser.add_argument("--bytes", type=int, help="of each artifact with the code")
+    parser.add_argument("--bytes", type=int, help="of each artifact, without code")
     args = parser.parse_args()
     print(f"{'':<30}{'bytes':>10}{'before':>9}{'after':>9}{'loss':>10}")
     try:
         for path in args.artifacts:
             measure(path, args.bytes)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError) as error:
         return f"rounding: error: {error}"
     return 0
 
