@@ -247,13 +247,13 @@ def test_a_run_trains_and_its_result_can_be_read(tmp_path, monkeypatch):
     assert ladder.result_of(run, log)["source"] != row["source"]
 
 
-def climb(monkeypatch, tmp_path, *lines: str):
+def climb(monkeypatch, tmp_path, *lines: str, only=()):
     results = tmp_path / "ladder.jsonl"
     results.write_text("".join(lines))
     monkeypatch.setattr(ladder, "RESULTS", results)
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     monkeypatch.setenv("TOKENIZER_PATH", "any")
-    arguments = ["run", "--workers", "1", "--folder", str(tmp_path / "runs")]
+    arguments = ["run", "--workers", "1", "--folder", str(tmp_path / "runs"), *only]
     monkeypatch.setattr(sys, "argv", ["ladder.py", *arguments])
     return ladder.main()
 
@@ -268,6 +268,13 @@ def test_a_line_that_was_cut_off_is_one_line(monkeypatch, tmp_path):
     row = json.dumps(dict(candidate="G11", tokens=1, seed=1, text={}))
     said = climb(monkeypatch, tmp_path, row + "\n", row[:20])
     assert said.startswith(f"ladder: error: {tmp_path / 'ladder.jsonl'}: line 2: ")
+
+
+def test_one_run_alone(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(ladder, "start", lambda *given: asked.append(given))
+    assert not climb(monkeypatch, tmp_path, only=["--only", "G11 + no XSA", "4096", "3"])
+    assert asked == [(ladder.Run("G11 + no XSA", 4096, 3), tmp_path / "runs")]
 
 
 def test_a_run_that_fails_says_why_and_where(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """Which layout earns its place? Candidates of equal artifact bytes at several budgets of tokens.
 
     DATA_PATH=... TOKENIZER_PATH=... python tools/ladder.py run     # what is missing; --workers 2
+    python tools/ladder.py run --only CANDIDATE TOKENS SEED         # one run
     python tools/ladder.py show                                     # tables of what is there
     python tools/ladder.py draw                                     # their losses: docs/pictures/
 
@@ -299,13 +300,17 @@ def next_runs(found: dict[Run, dict]) -> list[Run]:
     return []
 
 
-def climb(folder: Path, workers: int) -> None:
-    """Raises: RuntimeError, OSError, ValueError if a run fails, or RESULTS are of another text."""
+def prepare(folder: Path) -> None:
+    """Makes the folder of runs. Raises: OSError; ValueError if RESULTS are of another text."""
     text = shards_of(os.environ["DATA_PATH"])
     if others := [run.name() for run, row in results().items() if row["text"] != text]:
         told = f"{RESULTS} has runs on another text, as {others[0]}: move that file away"
         raise ValueError(f"DATA_PATH={os.environ['DATA_PATH']}: {told}")
     (folder / "logs").mkdir(parents=True, exist_ok=True)
+
+
+def climb(folder: Path, workers: int) -> None:
+    """Raises: as start."""
     while missing := next_runs(results()):
         print(f"{len(missing)} runs of {missing[0].tokens:,} tokens", flush=True)
         with ThreadPoolExecutor(workers) as pool:
@@ -415,6 +420,7 @@ def main() -> str | None:
     run = commands.add_parser("run")
     run.add_argument("--workers", type=int, default=os.cpu_count())
     run.add_argument("--folder", type=Path, default=ROOT / "ladder", help="of logs and checkpoints")
+    run.add_argument("--only", nargs=3, metavar=("CANDIDATE", "TOKENS", "SEED"))
     commands.add_parser("show")
     commands.add_parser("draw")
     one = commands.add_parser("one")
@@ -430,7 +436,11 @@ def main() -> str | None:
             raise ValueError(f"{' and '.join(missing)}: not set, and there is no default")
         if args.command == "one":
             return train(Run(args.candidate, args.tokens, args.seed))
-        return climb(args.folder.resolve(), args.workers)
+        prepare(folder := args.folder.resolve())
+        if args.only:
+            name, tokens, seed = args.only
+            return start(Run(name, int(tokens), int(seed)), folder)
+        return climb(folder, args.workers)
     except (OSError, ValueError, RuntimeError) as error:
         return f"ladder: error: {error}"
 
