@@ -580,8 +580,24 @@ def test_a_rank_that_is_killed_is_named(capsys):
     """The others were ended by torchrun, because of it."""
     codes = {0: -signal.SIGTERM, 1: -signal.SIGKILL, 2: 128 + signal.SIGTERM}
     failures = {rank: ProcessFailure(rank, 0, code, "") for rank, code in codes.items()}
-    assert ranks.status_of(failures) == 128 + signal.SIGKILL
+    assert ranks.status_of(failures, ["", "", ""]) == 128 + signal.SIGKILL
     assert capsys.readouterr().err == "ranks: rank 1 was killed by SIGKILL: out of memory?\n"
+
+
+@pytest.mark.parametrize(
+    "said, status",
+    [
+        (["wrong\n" + ranks.ABORTED, ""], 1),
+        ([ranks.ABORTED, "wrong\n"], 1),  # another rank says why
+        ([ranks.ABORTED, ""], 134),
+        (["wrong\n", ""], 134),
+    ],
+)
+def test_a_rank_that_is_aborted_behind_its_last_word_has_ended(capsys, said, status):
+    failures = {0: ProcessFailure(0, 0, -signal.SIGABRT, "")}
+    assert ranks.status_of(failures, said) == status
+    told = capsys.readouterr().err
+    assert told == ("" if status == 1 else "ranks: rank 0 was killed by SIGABRT\n")
 
 
 @needs_proc

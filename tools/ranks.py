@@ -28,15 +28,22 @@ SECONDS = 60
 STOPPED = (-signal.SIGTERM, 128 + signal.SIGTERM)  # how ranks end when another has failed
 LOST = re.compile(r"Connection (closed|reset) by peer")  # which another rank has caused, by ending
 NAME = re.compile(r"^\[rank\d+\]: ?", re.MULTILINE)  # torch puts it before each line of a traceback
+# By a thread of gloo that still runs when a rank ends, which is then killed by SIGABRT
+ABORTED = "terminate called without an active exception\n"
 STDERR = "*/attempt_0/{}/stderr.log"  # where torchrun keeps that of a rank
 
 
-def status_of(failures: dict) -> int:
+def status_of(failures: dict, texts: list[str]) -> int:
     """Exit status of the rank that failed first; a line for each that a signal has killed.
 
-    failures: rank -> ProcessFailure, those included that torchrun ended because of another."""
+    failures: rank -> ProcessFailure, those included that torchrun ended because of another. texts:
+    what each rank said on stderr."""
     own = {rank: f for rank, f in failures.items() if f.exitcode not in STOPPED} or failures
+    explained = any(text.replace(ABORTED, "").strip() for text in texts)  # why they end
     for rank, failure in own.items():
+        aborted = failure.exitcode == -signal.SIGABRT and texts[rank].endswith(ABORTED)
+        if aborted and explained:
+            failure.exitcode = 1
         if failure.exitcode < 0:
             name = failure.signal_name()
             why = ": out of memory?" if name == "SIGKILL" else ""
@@ -53,7 +60,8 @@ def follow(folder: Path, ended: threading.Event) -> None:
         for path in [] if file else folder.glob(STDERR.format(0)):
             file = path.open(errors="backslashreplace")
         with contextlib.suppress(OSError):  # nobody reads any more
-            print(file.read() if file else "", end="", file=sys.stderr, flush=True)
+            text = file.read().replace(ABORTED, "") if file else ""
+            print(text, end="", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -87,12 +95,12 @@ def unlike_rank_0(texts: list[str]) -> list[str]:
     return new
 
 
-def start(options: list[str]) -> int:
-    """Exit status."""
+def start(options: list[str], folder: Path) -> int:
+    """Exit status. folder: where torchrun keeps what ranks say."""
     try:
         run.main(options)
     except ChildFailedError as error:
-        return status_of(error.failures)
+        return status_of(error.failures, said(folder))
     except SignalException as error:
         return 128 + error.sigval
     return 0
@@ -112,9 +120,10 @@ def main(argv: list[str]) -> int:
     logging.disable(logging.ERROR)  # torchrun's
     with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
         with following(Path(folder)):
-            status = start([*options, f"--log-dir={folder}", *command])
+            status = start([*options, f"--log-dir={folder}", *command], Path(folder))
+        texts = [text.replace(ABORTED, "") for text in said(Path(folder))]
         with contextlib.suppress(OSError):
-            print(*unlike_rank_0(said(Path(folder))), sep="", end="", file=sys.stderr, flush=True)
+            print(*unlike_rank_0(texts), sep="", end="", file=sys.stderr, flush=True)
     return status
 
 
