@@ -594,7 +594,8 @@ def test_a_rank_that_is_killed_is_named(capsys):
     ],
 )
 def test_a_rank_that_is_aborted_behind_its_last_word_has_ended(capsys, said, status):
-    failures = {0: ProcessFailure(0, 0, -signal.SIGABRT, "")}
+    failures = {0: ProcessFailure(0, 0, -signal.SIGABRT, ""), 1: ProcessFailure(1, 0, 1, "")}
+    failures[0].timestamp, failures[1].timestamp = 1, 2
     assert ranks.status_of(failures, said) == status
     told = capsys.readouterr().err
     assert told == ("" if status == 1 else "ranks: rank 0 was killed by SIGABRT\n")

@@ -199,8 +199,8 @@ def start(run: Run, folder: Path) -> None:
     if not has_ended(log):  # a climb that was killed leaves its runs to their end
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
         if done.returncode:
-            said = (done.stdout + done.stderr).rstrip().rpartition("\n")[2]
-            raise RuntimeError(f"{run.name()}: {said}, see {log}")
+            why = done.stderr.strip().removeprefix("ladder: error: ")
+            raise RuntimeError(f"{run.name()} ended with status {done.returncode}: {why}")
     row = result_of(run, log)
     with RESULTS.open("a") as file:
         file.write(json.dumps(row) + "\n")
@@ -262,15 +262,19 @@ def score(candidate: str, tokens: int, found: dict[Run, dict]) -> float:
     return statistics.mean(bpb) if bpb else math.inf
 
 
-def behind(candidate: str, tokens: int, found: dict[Run, dict], figure="pre_quant_val_bpb"):
-    """What it has more than the record, the mean over the seeds that both have; infinite if there
-    is none."""
-    pairs = [
-        (row[figure], found[record][figure])
+def pairs_of(candidate: str, tokens: int, found: dict[Run, dict]) -> list[tuple[dict, dict]]:
+    """Its row and the record's, for each seed that both have."""
+    return [
+        (row, found[record])
         for run, row in found.items()
         if run[:2] == (candidate, tokens) and (record := Run(RECORD, *run[1:])) in found
     ]
-    return statistics.mean(own - other for own, other in pairs) if pairs else math.inf
+
+
+def behind(candidate: str, tokens: int, found: dict[Run, dict], figure="pre_quant_val_bpb"):
+    """What it has more than the record, the mean of pairs; infinite if there is none."""
+    more = [own[figure] - other[figure] for own, other in pairs_of(candidate, tokens, found)]
+    return statistics.mean(more) if more else math.inf
 
 
 def best(candidates, tokens: int, found: dict[Run, dict], count: int) -> list[str]:
@@ -354,20 +358,14 @@ def table_of_changes() -> Iterator[str]:
     """Of the record on the lowest rung, by the seeds that it has too: what it has more."""
     found, tokens = results(), RUNGS[0]
     changes = {run.candidate for run in found if is_change(run.candidate)}
-    compared = {name: behind(name, tokens, found) for name in changes}
     yield "| change | MLP | parameters | bits per byte more | int6 more | seeds |"
     yield "|---|--:|--:|--:|--:|--:|"
-    for name, more in sorted(compared.items(), key=lambda item: item[1]):
-        if more < math.inf:
-            rows = [
-                row
-                for run, row in found.items()
-                if run[:2] == (name, tokens) and Run(RECORD, *run[1:]) in found
-            ]
+    for name in sorted(changes, key=lambda name: behind(name, tokens, found)):
+        if pairs := pairs_of(name, tokens, found):
+            more = [behind(name, tokens, found, of) for of in ("pre_quant_val_bpb", "val_bpb")]
             yield (
-                f"| {name.removeprefix(RECORD + ' + ')} | {rows[0]['mlp_mult']:.2f} | "
-                f"{rows[0]['parameters']:,} | {more:+.4f} | "
-                f"{behind(name, tokens, found, 'val_bpb'):+.4f} | {len(rows)} |"
+                f"| {name.removeprefix(RECORD + ' + ')} | {pairs[0][0]['mlp_mult']:.2f} | "
+                f"{pairs[0][0]['parameters']:,} | {more[0]:+.4f} | {more[1]:+.4f} | {len(pairs)} |"
             )
 
 

@@ -33,6 +33,10 @@ ABORTED = "terminate called without an active exception\n"
 STDERR = "*/attempt_0/{}/stderr.log"  # where torchrun keeps that of a rank
 
 
+def was_aborted(failure, text: str) -> bool:
+    return failure.exitcode == -signal.SIGABRT and text.endswith(ABORTED)
+
+
 def status_of(failures: dict, texts: list[str]) -> int:
     """Exit status of the rank that failed first; a line for each that a signal has killed.
 
@@ -40,16 +44,15 @@ def status_of(failures: dict, texts: list[str]) -> int:
     what each rank said on stderr."""
     own = {rank: f for rank, f in failures.items() if f.exitcode not in STOPPED} or failures
     explained = any(text.replace(ABORTED, "").strip() for text in texts)  # why they end
+    ended = {rank for rank in own if explained and was_aborted(own[rank], texts[rank])}
     for rank, failure in own.items():
-        aborted = failure.exitcode == -signal.SIGABRT and texts[rank].endswith(ABORTED)
-        if aborted and explained:
-            failure.exitcode = 1
-        if failure.exitcode < 0:
+        if failure.exitcode < 0 and rank not in ended:
             name = failure.signal_name()
             why = ": out of memory?" if name == "SIGKILL" else ""
             print(f"ranks: rank {rank} was killed by {name}{why}", file=sys.stderr)
-    first = min(own.values(), key=lambda failure: failure.timestamp).exitcode
-    return first if first >= 0 else 128 - first
+    first = min(own, key=lambda rank: own[rank].timestamp)
+    status = 1 if first in ended else own[first].exitcode
+    return status if status >= 0 else 128 - status
 
 
 def follow(folder: Path, ended: threading.Event) -> None:
