@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from operator import call
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -49,12 +50,12 @@ SAMPLE_TOKENS = 16_384  # scored for tools/verify.py
 class Refused(SystemExit, ValueError):
     """Settings, files or a result that will not do: ends the program with a line for each."""
 
-def each(call, items, ranks: int = 1) -> list:
+def each(work, items, ranks: int = 1) -> list:
     """What it returns for every item. Raises: Refused with all complaints, of all `ranks`."""
     results, complaints = [], []
     for item in items:
         try:
-            results.append(call(item))
+            results.append(work(item))
         except (Refused, OSError) as error:
             complaints += str(error).splitlines()
     told = [complaints] * ranks
@@ -155,9 +156,10 @@ class Hyperparameters:
         hp, preset = copy.copy(artifact) or cls(), env.get("PRESET", "record")
         if preset != "record" and not artifact:
             file = Path(__file__).resolve().parent / "presets" / f"{cls.system}.{preset}.json"
-            if not file.is_file():
-                raise Refused(f"PRESET={preset!r}: no file {file}")
-            hp = cls(preset=preset, **json.loads(file.read_text()))
+            try:
+                hp = cls(preset=preset, **json.loads(file.read_text()))
+            except (OSError, TypeError, ValueError) as error:
+                raise Refused(f"PRESET={preset!r}: no preset {file}: {error}") from None
 
         def override(f) -> None:
             name, text, before = f.name.upper(), env[f.name.upper()], getattr(hp, f.name)
@@ -171,7 +173,7 @@ class Hyperparameters:
             setattr(hp, f.name, value)
 
         given = [f for f in fields(cls) if f.name != "preset" and f.name.upper() in env]
-        each(lambda check: check(), (lambda: each(override, given), hp.validate))
+        each(call, (lambda: each(override, given), hp.validate))
         return hp
 
     def validate(self) -> None:
@@ -182,7 +184,7 @@ class Hyperparameters:
             ("num_kv_heads", self.num_heads % self.num_kv_heads == 0, "to divide NUM_HEADS"),
             ("rope_dims", self.rope_dims in range(0, self.head_dim + 1, 2), "even, up to HEAD_DIM"),
             ("gptq_reserve_seconds", self.train_seconds() > 0, "less than MAX_WALLCLOCK_SECONDS"),
-            ("artifact", os.path.basename(self.artifact) != "", "the name of a file"),
+            ("artifact", re.search(r"[^/](?<!\.npz)$", self.artifact), "a file, not in .npz"),
             ("scores", re.search(r"^$|(?<!\.sample)\.npz$", self.scores), "a name in .npz"),
             ("eval_mode", self.eval_mode in ("sliding", "stream"), "sliding or stream"),
             ("eval_stride", self.eval_stride <= self.eval_seq_len, "at most EVAL_SEQ_LEN"),
@@ -290,15 +292,14 @@ def init_log(hp, code) -> None:
     log.setLevel(logging.INFO if world.rank == 0 else logging.ERROR)
     log.propagate = False
     log.handlers = [logging.StreamHandler(sys.stdout)]
-    if world.rank != 0:
+    if world.rank:
         return
-    path = Path("logs") / f"{hp.run_id}.txt"
+    path = Path(f"logs/{hp.run_id}.txt")
     path.parent.mkdir(parents=True, exist_ok=True)
     versions = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}\n"
     if world.on_cuda and shutil.which("nvidia-smi"):
         versions += subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
-    earlier = [""] if path.is_file() else []
-    parts = [*earlier, *(file.read_text() for file in code), versions, ""]
+    parts = [*[""] * path.is_file(), *(file.read_text() for file in code), versions, ""]
     path.open("a").write(f"\n{'=' * 100}\n".join(parts))
     log.addHandler(logging.FileHandler(path))
     log.info(f"{path} world_size:{world.size} device:{world.device.type} dtype:{world.dtype}")
@@ -870,7 +871,7 @@ def polar_express(G: Tensor, steps: int = 5) -> Tensor:
     [0.859, 1.141]. G: [..., rows, cols]. Returns that shape in the compute dtype."""
     tall = G.shape[-2] > G.shape[-1]
     X = F.normalize((G.mT if tall else G).to(world.dtype), dim=(-2, -1), eps=1e-7)
-    for a, b, c in (POLAR_EXPRESS + POLAR_EXPRESS[-1:] * max(0, steps - 5))[:steps]:
+    for a, b, c in (POLAR_EXPRESS + POLAR_EXPRESS[-1:] * (steps - 5))[:steps]:
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
     return X.mT if tall else X
@@ -888,7 +889,7 @@ class Muon:
     here. Matrices of equal shape are stacked, split over the ranks, and gathered."""
     def __init__(self, model: GPT, hp):
         self.model, self.hp, self.lr_multiplier = model, hp, 0.0  # the last one used
-        owned = {kind: [] for kind in (MATRIX, EMBED, SCALAR)}
+        owned = collections.defaultdict(list)
         for name, p in model.named_parameters():
             owned[model.kinds[name]].append(p)
         embed = dict(params=owned[EMBED], base_lr=hp.tied_embed_lr, weight_decay=hp.embed_wd)
@@ -988,7 +989,7 @@ def quantize(model: GPT, hessians: dict[str, Tensor], step: float) -> dict:
             continue
         H, bits = hessians[name], model.bits(name)
         qmax = 2 ** (torch.as_tensor(bits).min() - 1) - 1  # of the coarsest rows
-        uses = 2 if W is model.tok_emb.weight else 1  # it is read, too
+        uses = 1 + (W is model.tok_emb.weight)  # as head and as input
         clip_sigmas = qmax * step / (W.std(1) * (uses * H.diagonal().mean()).sqrt())  # [rows]
         quantized[name] = gptq_quantize(W, H, bits, clip_sigmas.clamp(6.0, 1e4))
     return quantized
@@ -1002,8 +1003,7 @@ MAX_PART_BYTES = 1 << 26  # unpacked
 OF_A_PROCESS = ("run_id", "artifact", "eval_only", "scores")  # not in an artifact
 
 def coding_model(counts: list[int]):  # by how often each of 256 values comes
-    total = sum(counts)
-    return coding.model.Categorical(np.array([n / total for n in counts]), perfect=False)
+    return coding.model.Categorical(np.array(counts) / sum(counts), perfect=False)
 def range_code(ints: list[np.ndarray]) -> tuple[list, bytes]:
     """ints: int8. How often 0 .. 127, -128 .. -1 come in each: [tensors][256]; and the code."""
     coder, ints = coding.queue.RangeEncoder(), [q.ravel().view(np.uint8) for q in ints]
@@ -1046,7 +1046,7 @@ def load_artifact(path, device, hp_class=Hyperparameters, model_class=GPT, **cha
         params = dict(model.named_parameters())
         sizes = {name: p.numel() for name, p in params.items() if model.kinds[name] != SCALAR}
         halves = [len(p) if name in sizes else p.numel() for name, p in params.items()]
-        coder = coding.queue.RangeDecoder(np.frombuffer(code, "<u4").astype(np.uint32))
+        coder = coding.queue.RangeDecoder(np.frombuffer(code, "<u4"))
         ints = [coder.decode(coding_model(count), size).astype(np.int8)
                 for count, size in zip(head["counts"], sizes.values(), strict=True)]
         fits = len(values) == 2 * sum(halves) and head.keys() == {"system", "config", "counts"}
@@ -1055,7 +1055,7 @@ def load_artifact(path, device, hp_class=Hyperparameters, model_class=GPT, **cha
     except Exception as error:  # of any library
         raise Refused(f"{path}: damaged, or of another program: {error}") from None
     q = dict(zip(sizes, map(torch.from_numpy, ints), strict=True))
-    h = torch.frombuffer(bytearray(values), dtype=torch.float16).split(halves)
+    h = torch.tensor(np.frombuffer(values, "<f2")).split(halves)
     with torch.no_grad():
         for (name, p), half in zip(params.items(), h, strict=True):
             value = q[name].view(p.shape) * half.float()[:, None] if name in q else half
@@ -1066,16 +1066,16 @@ def fit(hp, model: GPT, hessians: dict) -> None:
     """Packs until artifact and code have ARTIFACT_TARGET_BYTES, or up to 0.1 % less: at twice the
     step a value has a bit less. 0: until they are in SIZE_LIMIT. Raises: Refused."""
     step, target = hp.rounding_step, hp.artifact_target_bytes or SIZE_LIMIT
-    size, doublings, values = 0, 0.0, sum(p.numel() for p in model.parameters())
+    size, doublings, slope = 0, 0.0, sum(p.numel() for p in model.parameters())
     for slack in [0.001] * 9 + [0.02, 1]:  # bytes jump
         packed = save_artifact(hp.artifact, model, hp, quantize(model, hessians, step))
         before, size = size, packed + sum(path.stat().st_size for path in code_files())
         log.info(f"pack: rounding_step:{step:.6g} bytes_total:{size} target:{target}")
         if size <= target and (size == before or size >= (1 - slack) * hp.artifact_target_bytes):
             return
-        if doublings:  # of the step; some values are clipped
-            values = max(8 * (before - size) / doublings, values / 8)
-        doublings = np.clip(8 * (size - (1 - slack / 2) * target) / values, -4, 4)
+        if doublings:
+            slope = max(8 * (before - size) / doublings, slope / 8)  # some are clipped
+        doublings = np.clip(8 * (size - (1 - slack / 2) * target) / slope, -4, 4)
         step *= 2**doublings
     raise Refused(f"ARTIFACT_TARGET_BYTES={target}: artifact and code still have {size} bytes")
 
@@ -1127,7 +1127,8 @@ def reserve(model: GPT, tokens: Tensor, plan: Plan) -> Plan:
     steps = 1 + plan.cached * math.ceil(model.reach / plan.length)  # whose tokens a row has
     ring = torch.cat((tokens, tokens[: plan.length]))
     most = steps * count_documents(ring, plan.length) + 1 + plan.cached
-    model.most_documents[plan.rows, plan.length] = plan.rows * most
+    shape, known = (plan.rows, plan.length), model.most_documents
+    known[shape] = max(plan.rows * most, known.get(shape, 0))
     return plan
 
 def score(model, tokens: Tensor, plan: Plan, learner=None):
@@ -1136,7 +1137,7 @@ def score(model, tokens: Tensor, plan: Plan, learner=None):
     learner: a LoraTTT, told of every step. Raises: Refused if a score is not finite."""
     n, device = len(tokens) - 1, tokens.device
     nats = torch.zeros(n + 1, dtype=torch.float64, device=device)  # place n: what is not scored
-    count = torch.zeros(n + 1, dtype=torch.int32, device=device)
+    count = torch.zeros_like(nats, dtype=torch.int32)
     steps = steps_of(plan, device)[:, world.rank]  # [steps, rows, 3]
     places = torch.arange(plan.length, device=device)
     cache = model.new_cache(plan.rows) if plan.cached else None
@@ -1150,7 +1151,7 @@ def score(model, tokens: Tensor, plan: Plan, learner=None):
         out, cache = out if plan.cached else (out, None)
         place = torch.where(scored, index, n).flatten()  # no index of booleans: the CPU would wait
         nats[place] = out.detach().flatten().double()
-        count.index_add_(0, place, torch.ones_like(place, dtype=torch.int32))
+        count.index_add_(0, place, scored.flatten().int())
         if learner:
             learner.after_step(step, out, scored, number / len(steps))
         if (now := time.perf_counter()) - told > 15:
@@ -1216,8 +1217,8 @@ class LoraTTT:
         return result
 
     def in_time(self, share: float) -> bool:
-        """Whether the slowest rank (all must ask), after one more update, is within `share`, of the
-        pass completed, of 95 % of EVAL_SECONDS: 5 % are for a GPU's queue."""
+        """Whether all ranks (all must ask), after one more update, have used at most `share`, the
+        part of the pass done, of 95 % of EVAL_SECONDS: 5 % are for a GPU's queue."""
         self.now = time.perf_counter()
         [spent] = world.largest(self.now - self.start + self.longest)
         return spent <= 0.95 * (self.hp.eval_seconds or math.inf) * share
@@ -1396,14 +1397,14 @@ def evaluate(hp, model_class, validation, audit) -> dict:
     plan = reserve(model, tokens, final_plan(tokens, hp))
     blocks = reserve(model, tokens, window_plan(tokens, hp, hp.eval_seq_len))
     learner = model.learner(replace(hp, eval_seconds=0.0))
-    length = getattr(learner, "warm_up_tokens", hp.eval_seq_len + 2)
+    length = getattr(learner, "warm_up_tokens", max(hp.eval_seq_len, hp.eval_chunk) + 2)
     noise = torch.randint(BOS_ID + 1, hp.vocab_size, (length,), device=world.device)
     noise[length * 3 // 4] = BOS_ID  # a document behind what SGD learns from
     how = learner.score if learner else functools.partial(score, model)
     how(noise, final_plan(noise, hp))  # compiles outside the clock
     bits, mode = f"final_int{hp.matrix_bits}", hp.eval_mode.replace("sliding", "sliding_window")
     validate(model, validation, blocks, f"{bits}_roundtrip")
-    label = f"{bits}_{mode}_ttt_{hp.ttt}" if hp.ttt else f"{bits}_{mode}"
+    label = f"{bits}_{mode}{hp.ttt and '_ttt_' + hp.ttt}"
     final = validate(model, validation, plan, label, model.learner(hp))
     log.info(f"{label}_exact val_loss:{final['val_loss']:.8f} val_bpb:{final['val_bpb']:.8f}")
     write_scores(hp, model, validation, final["nats"])
@@ -1417,7 +1418,7 @@ def evaluate(hp, model_class, validation, audit) -> dict:
 def write_scores(hp, model, validation, nats: Tensor) -> None:
     """SCORES, and a sample for tools/verify.py: documents as scored, and without learning."""
     ends = [*validation.starts[1:], len(validation.tokens)]
-    n = int(max([end for end in ends if end <= SAMPLE_TOKENS], default=ends[0]))
+    n = int(max(2, max([end for end in ends if end <= SAMPLE_TOKENS], default=ends[0])))
     tokens = validation.tokens[:n]
     unlearned = score(model, tokens, final_plan(tokens, hp))[0] if hp.ttt else nats[: n - 1]
     scores = dict(nats=nats.cpu().numpy(), bytes=validation.target_bytes.cpu().numpy(),
@@ -1458,12 +1459,13 @@ def main(hp_class=Hyperparameters, model_class=GPT, validation_class=Validation)
     torch.manual_seed(hp.seed)
     if hp.eval_only:
         model, saved = load_artifact(hp.artifact, world.device, hp_class, model_class)
-        hp = hp_class.from_env(os.environ, artifact=replace(saved, run_id=hp.run_id))
+        own = {name: getattr(hp, name) for name in OF_A_PROCESS}
+        hp = hp_class.from_env(os.environ, artifact=replace(saved, **own))
     else:
         model = model_class(hp).to(world.device)
-    _, (validation, stream), _locks = each(lambda check: check(), (
+    _, (validation, stream), _locks = each(call, (
         lambda: hp.eval_only or hp.micro_steps(),
-        lambda: check_files(hp) or each(lambda read: read(), (
+        lambda: check_files(hp) or each(call, (
             lambda: validation_class(hp),
             lambda: None if hp.eval_only else TokenStream(hp.data_path, "train", hp.vocab_size))),
         lambda: world.rank or claim_outputs(hp, model)), world.size)

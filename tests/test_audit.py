@@ -407,6 +407,7 @@ def test_the_sample_is_the_first_whole_documents_learned_and_not(
         ([16_385, 10, 10], 16_385),
         ([3, 4, 5], 12),
         ([7], 7),
+        ([1, 16_400], 2),  # the first is empty: its end is a target
     ],
 )
 def test_the_sample_ends_with_a_document(tmp_path, monkeypatch, tiny, sizes, expected):

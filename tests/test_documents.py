@@ -55,6 +55,19 @@ def test_every_token_of_training_is_looked_at_before_the_first_step(tmp_path):
         TokenStream(str(tmp_path), "train", 64).most_documents(8)
 
 
+@pytest.mark.parametrize("dense_first", [True, False])
+def test_a_shape_that_two_texts_share_has_room_for_the_fullest(lively, dense_first):
+    mode = MODES["sliding"]
+    hp = mode.small(eval_seq_len=32, val_batch_size=96)
+    texts, rooms = [text_of(*[2] * 60), text_of(120)], []
+    for given in texts[:1], texts if dense_first else texts[::-1]:
+        model = lively(mode.new_model(hp))
+        for tokens in given:
+            reserve(model, tokens, window_plan(tokens, hp, 32))
+        rooms.append(model.most_documents)
+    assert rooms[0] == rooms[1]
+
+
 @pytest.mark.parametrize("stride", [5, 32])
 @pytest.mark.parametrize("size", [1, 2], ids="ranks_{}".format)
 def test_each_row_of_windows_has_room_for_the_fullest(lively, calls, monkeypatch, size, stride):
@@ -100,9 +113,17 @@ def test_the_room_stays_what_it_was_before_the_warm_up(lively, calls, name):
     assert all(len(room) == 1 for room in rooms.values()), rooms
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
-def test_a_whole_run_has_room_for_very_short_documents(tmp_path, name):
-    """From the warm-up to the last score."""
+@pytest.mark.parametrize(
+    "name, dense, own",
+    [
+        *((name, "tv", {}) for name in SYSTEMS),
+        # one shape for several texts, or for windows and streams
+        ("train_gpt", "t", dict(val_batch_size=512)),
+        ("train_gpt", "v", dict(eval_chunk=64, eval_rows=4)),
+    ],
+)
+def test_a_whole_run_has_room_for_very_short_documents(tmp_path, name, dense, own):
+    """From the warm-up to the last score; dense: in the training shard, that of validation."""
     script, calls = planted(tmp_path, name), []
     core, top = modules_of(script)
     owner, which = core, "masked_window_attention"
@@ -117,11 +138,11 @@ def test_a_whole_run_has_room_for_very_short_documents(tmp_path, name):
     setattr(owner, which, counted)
     (tmp_path / "data").mkdir()
     settings = write_corpus(tmp_path / "data", train_tokens=6_000, val_tokens=900)
-    for path in (tmp_path / "data").glob("fineweb_*.bin"):
+    for path in (tmp_path / "data").glob(f"fineweb_[{dense}]*.bin"):
         ids = train_gpt.load_data_shard(path).numpy().copy()
         ids[::3], ids[5:900:7] = BOS_ID, BOS_ID
         write_shard(path, ids)
-    settings |= SHORT | dict(layout=LAYOUT.get(name, "G S"))
+    settings |= SHORT | dict(layout=LAYOUT.get(name, "G S")) | own
     if name in ("train_gpt", "transformer"):
         settings |= dict(ttt="lora")
     env = SMALL | {key.upper(): str(value) for key, value in settings.items()}

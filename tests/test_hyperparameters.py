@@ -196,14 +196,25 @@ def test_what_an_artifact_was_trained_with_cannot_be_overridden(system, name):
         ("XSA", "2", "0 or 1"),
         ("EVAL_ONLY", "no", "0 or 1"),
         ("PRESET", "recrod", "record.recrod.json"),
-        ("PRESET", "", "no file"),
-        ("PRESET", "baseline", "no file"),
+        ("PRESET", "", "No such file"),
+        ("PRESET", "baseline", "No such file"),
     ],
 )
 def test_a_value_that_cannot_be_read_names_itself(name, text, expected):
     with pytest.raises(ValueError) as error:
         Hyperparameters.from_env({name: text})
     assert f"{name}={text!r}" in str(error.value) and expected in str(error.value)
+
+
+@pytest.mark.parametrize("text", ['{"layout": "A6",}', '{"modeldim": 128}', "[]", "7", ""])
+def test_a_preset_that_cannot_be_read_names_its_file(tmp_path, monkeypatch, text):
+    (tmp_path / "presets").mkdir()
+    path = tmp_path / "presets" / "record.mine.json"
+    path.write_text(text)
+    monkeypatch.setattr(train_gpt, "__file__", str(tmp_path / "train_gpt.py"))
+    with pytest.raises(train_gpt.Refused) as error:
+        Hyperparameters.from_env(dict(PRESET="mine"))
+    assert str(error.value).startswith(f"PRESET='mine': no preset {path}: ")
 
 
 @pytest.mark.parametrize("name, value", [("seed", 1.5), ("matrix_lr", "1"), ("layout", 3)])

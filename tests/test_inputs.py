@@ -673,8 +673,10 @@ def test_what_is_no_artifact_is_refused_and_not_executed(trained, name):
 
 
 def test_other_files_of_a_run_are_no_artifact(trained):
-    for name in "scores.npz", "model.ptz.trained.pt", "logs/run.txt", TOKENIZER, VAL:
+    for name in "model.ptz.trained.pt", "logs/run.txt", TOKENIZER, VAL:
         refused(trained, f"ARTIFACT={name}: .*no artifact", eval_only=1, artifact=name, scores="")
+    expected = "ARTIFACT='scores.npz': expected a file, not in .npz"
+    refused(trained, expected, eval_only=1, artifact="scores.npz", scores="")
 
 
 def test_an_artifact_that_is_not_there_or_a_folder_is_named(trained):
@@ -694,9 +696,10 @@ def test_an_artifact_of_another_system_is_refused(trained):
 
 OUTPUTS = {
     "artifact a folder": (dict(artifact="there"), "there: exists and is no artifact"),
-    "artifact in no folder": (dict(artifact="models/"), "ARTIFACT='models/': expected the name of"),
-    "artifact a folder with a slash": (dict(artifact="there/"), "ARTIFACT='there/': expected the"),
-    "artifact empty": (dict(artifact=""), "ARTIFACT='': expected the name of a file"),
+    "artifact in no folder": (dict(artifact="models/"), "ARTIFACT='models/': expected a file"),
+    "artifact a folder with a slash": (dict(artifact="there/"), "ARTIFACT='there/': expected a"),
+    "artifact empty": (dict(artifact=""), "ARTIFACT='': expected a file, not in .npz"),
+    "artifact like scores": (dict(artifact="a.npz"), "ARTIFACT='a.npz': expected a file, not in"),
     "artifact here": (dict(artifact="."), r"\.: exists and is no artifact"),
     "artifact below a file": (dict(artifact="file/model.ptz"), "'file'"),
     "artifact too long": (dict(artifact="x" * 300), "File name too long: 'x{300}'"),
@@ -855,7 +858,7 @@ def test_an_artifact_that_may_not_be_read_is_one_line(open_to_all):
         (dict(iterations=0), "ITERATIONS=0: expected 1 or more"),
         (dict(vocab_size=383), "TOKENIZER_PATH: 384 pieces.*expected VOCAB_SIZE=383"),
         (dict(train_batch_tokens=100), "TRAIN_BATCH_TOKENS=100: expected a multiple of "),
-        (dict(preset="dmeo"), "PRESET='dmeo': no file .*record.dmeo.json"),
+        (dict(preset="dmeo"), "PRESET='dmeo': no preset .*record.dmeo.json"),
         (dict(layout="G X"), "LAYOUT='G X': expected GSA with counts, such as G3 S"),
     ],
     ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "",
@@ -1072,7 +1075,6 @@ def test_of_two_runs_with_one_artifact_the_second_is_refused(folder):
         refused(folder, taken.format("model.ptz"), **mine | dict(artifact="model.ptz"))
         refused(folder, taken.format("model.ptz"), **mine | dict(artifact="./model.ptz"))
         refused(folder, taken.format("scores.npz"), **mine | dict(scores="scores.npz"))
-        refused(folder, taken.format("scores.npz"), **mine | dict(artifact="scores.npz"))
         finished(call(folder, **mine))
     finally:
         first.send_signal(signal.SIGKILL)

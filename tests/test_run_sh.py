@@ -982,7 +982,7 @@ def gpus(monkeypatch):
     [
         (dict(MATRIX_LR="abc"), "MATRIX_LR='abc': expected float"),
         (dict(EVAL_ONLY="yes"), "EVAL_ONLY='yes': expected 0 or 1"),
-        (dict(PRESET="nosuch"), "PRESET='nosuch': no file "),
+        (dict(PRESET="nosuch"), "PRESET='nosuch': no preset "),
         (dict(LAYOUT="X"), "LAYOUT='X': "),
         (dict(TRAIN_BATCH_TOKENS="1000"), "TRAIN_BATCH_TOKENS=1000: expected a multiple of"),
         (dict(NPROC="0"), "NPROC='0': expected a number of processes, 1 or more"),

@@ -190,9 +190,8 @@ def test_the_warm_up_text_makes_it_learn(lively, mode):
         with_grad[torch.is_grad_enabled() and weights.requires_grad] += 1
 
     learner = mode.new_learner(Spied(model, look), hp)
-    tokens = torch.randint(
-        2, hp.vocab_size, (getattr(learner, "warm_up_tokens", hp.eval_seq_len + 2),)
-    )
+    length = max(hp.eval_seq_len, hp.eval_chunk) + 2
+    tokens = torch.randint(2, hp.vocab_size, (getattr(learner, "warm_up_tokens", length),))
     tokens[len(tokens) * 3 // 4] = BOS
     learner.score(tokens, final_plan(tokens, hp))
     assert learner.updates > 0 and with_grad[False] > 0
