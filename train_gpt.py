@@ -91,8 +91,9 @@ class Hyperparameters:
     # model
     layout: str = "G3 S G3 S G3 S"  # see block_kinds
     model_dim: int = bounded(512, 2)
-    mlp_mult: float = bounded(2.75, 1)
-    gdn_heads: int = bounded(8, 1)
+    mlp_mult: float = bounded(4.0, 1)
+    gdn_heads: int = bounded(4, 1)
+    gdn_key_heads: int = bounded(2, 1)
     gdn_head_dim: int = bounded(64, 2)
     num_heads: int = bounded(8, 1)
     num_kv_heads: int = bounded(4, 1)
@@ -182,6 +183,7 @@ class Hyperparameters:
         self.block_kinds()
         each(lambda rule: self.require(*rule), (
             ("num_kv_heads", self.num_heads % self.num_kv_heads == 0, "to divide NUM_HEADS"),
+            ("gdn_key_heads", self.gdn_heads % self.gdn_key_heads == 0, "to divide GDN_HEADS"),
             ("rope_dims", self.rope_dims in range(0, self.head_dim + 1, 2), "even, up to HEAD_DIM"),
             ("gptq_reserve_seconds", self.train_seconds() > 0, "less than MAX_WALLCLOCK_SECONDS"),
             ("artifact", re.search(r"[^/](?<!\.npz)$", self.artifact), "a file, not in .npz"),
@@ -258,7 +260,7 @@ log = logging.getLogger("train_gpt")
 
 def write_whole(path, write) -> None:
     """On rank 0 write(file), under another name: what has its name is complete."""
-    if world.rank == 0:
+    if not world.rank:
         with open(f"{path}.tmp", "wb") as file:
             write(file)
         os.replace(f"{path}.tmp", path)
@@ -289,7 +291,7 @@ def code_files() -> list[Path]:
 
 def init_log(hp, code) -> None:
     """Rank 0 logs to stdout and appends code, versions, lines to logs/<run_id>.txt."""
-    log.setLevel(logging.INFO if world.rank == 0 else logging.ERROR)
+    log.setLevel(logging.ERROR if world.rank else logging.INFO)
     log.propagate = False
     log.handlers = [logging.StreamHandler(sys.stdout)]
     if world.rank:
@@ -535,7 +537,6 @@ def window_attention(q, k, v, window: int, doc: Tensor, most: int) -> Tensor:
     """Causal attention inside documents: token t sees t - window + 1 .. t of its own document.
     q, result: [B, T, H, D]. k, v: [B, T, Hkv, D], Hkv divides H. doc: [B, T], its number, rising.
     most: documents in all rows, at most."""
-    assert k.shape == v.shape and q.shape[:2] == k.shape[:2] and q.shape[2] % k.shape[2] == 0
     attend = varlen_window_attention if q.is_cuda else masked_window_attention
     return attend(q, k, v, window, doc, most)
 
@@ -647,15 +648,16 @@ def products(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
     return joint_product(x, *linears).split([len(linear.weight) for linear in linears], -1)
 
 class GatedDeltaNet(nn.Module):
-    """arXiv:2412.06464, with the names of fla.layers.GatedDeltaNet (expand_v = 1)."""
+    """arXiv:2412.06464, as fla.layers.GatedDeltaNet has it (expand_v = 1), grouped values."""
     def __init__(self, hp):
         super().__init__()
         D, H, K = hp.model_dim, hp.gdn_heads, hp.gdn_head_dim
         self.head_dim, self.reach, self.state_shape = K, CONV_SIZE - 1, (H, K, K)  # of the cache
-        self.q_proj, self.k_proj, self.v_proj, self.g_proj = (Linear(D, H * K) for _ in range(4))
-        self.a_proj, self.b_proj = Linear(D, H), Linear(D, H)
+        self.qkv_heads = heads = hp.gdn_key_heads, hp.gdn_key_heads, H
+        self.q_proj, self.k_proj, self.v_proj = (Linear(D, n * K) for n in heads)
+        self.g_proj, self.a_proj, self.b_proj = Linear(D, H * K), Linear(D, H), Linear(D, H)
         self.q_conv1d, self.k_conv1d, self.v_conv1d = (
-            nn.Parameter(torch.empty(H * K, CONV_SIZE)) for _ in range(3))
+            nn.Parameter(torch.empty(n * K, CONV_SIZE)) for n in heads)
         self.A_log, self.dt_bias = nn.Parameter(torch.empty(H)), nn.Parameter(torch.empty(H))
         self.o_norm = nn.Parameter(torch.empty(K))
         self.o_proj = Linear(H * K, D)
@@ -669,8 +671,9 @@ class GatedDeltaNet(nn.Module):
 
         qkv = joint_product(seen, self.q_proj, self.k_proj, self.v_proj)
         taps = torch.cat((self.q_conv1d, self.k_conv1d, self.v_conv1d))
-        q, k, v = heads(F.silu(short_conv(qkv, taps, ctx))).chunk(3, 2)
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        q, k, v = heads(F.silu(short_conv(qkv, taps, ctx))).split(self.qkv_heads, 2)
+        group = v.shape[2] // k.shape[2]
+        q, k = (F.normalize(x, dim=-1).repeat_interleave(group, 2) for x in (q, k))
         gate, a, b = products(seen, self.g_proj, self.a_proj, self.b_proj)
         g = -self.A_log.exp() * F.softplus(last(a, T).float() + self.dt_bias)  # [B, T, H]
         g = g.masked_fill(last(ctx.same_doc, T)[..., :1] == 0, RESET_LOG_DECAY)
@@ -750,7 +753,7 @@ PARAM_RULES = (
     (r"(q|k|v|g|up)_proj\.weight$", MATRIX, lambda w, hp: nn.init.orthogonal_(w)),
     (r"(a|b)_proj\.weight$", SCALAR, lambda w, hp: nn.init.kaiming_uniform_(w, 5**0.5)),
     (r"conv1d$", SCALAR, lambda w, hp: w.uniform_(-0.5, 0.5)),
-    # memories of 1 to 1,000 tokens: A and softplus(dt_bias) evenly over Mamba-2's range
+    # memories of 1 to 1,000 tokens: A, softplus(dt_bias) evenly over Mamba-2's range
     (r"A_log$", SCALAR, lambda w, hp: w.copy_(torch.linspace(1, 16, len(w))).log_()),
     (r"dt_bias$", SCALAR, lambda w, hp: w.copy_(torch.logspace(-3, -1, len(w))).expm1_().log_()),
     (r"q_gain$", SCALAR, lambda w, hp: w.fill_(hp.qk_gain_init)),
@@ -807,12 +810,12 @@ class GPT(nn.Module):
         return cap * torch.tanh(self.lm_head(norm(x)).float() / cap)
 
     def new_cache(self, rows: int) -> Cache:  # of texts not begun
-        device, layers = self.tok_emb.weight.device, []
+        zeros, layers = self.tok_emb.weight.new_zeros, []
         for mixer in (self.blocks[i].mixer for i in self.order):
-            shape, state_shape = (rows, mixer.reach, self.hp.model_dim), mixer.state_shape
-            state = state_shape and torch.zeros(rows, *state_shape, device=device)
-            layers.append(LayerCache(torch.zeros(shape, dtype=world.dtype, device=device), state))
-        return Cache(torch.full((rows, self.reach), -1, device=device), layers)
+            inputs = zeros(rows, mixer.reach, self.hp.model_dim, dtype=world.dtype)
+            state = mixer.state_shape and zeros(rows, *mixer.state_shape)
+            layers.append(LayerCache(inputs, state))
+        return Cache(zeros(rows, self.reach, dtype=torch.int64) - 1, layers)
 
     def forward(self, input_ids: Tensor, targets: Tensor | None = None, cache: Cache | None = None):
         """input_ids, targets: [B, T] int64. Returns logits: [B, T, V] float32 or, with targets,
@@ -923,7 +926,6 @@ class Muon:
     def orthogonal_update(self, grads: Tensor, buffer: Tensor, momentum: float) -> Tensor:
         """grads: [n, rows, cols], averaged. buffer: [share, rows, cols], this rank's momentum, is
         brought up to date. Returns the updates of all ranks: [>= n, rows, cols]."""
-        assert buffer.shape[1:] == grads.shape[1:] and len(buffer) * world.size >= len(grads)
         share, (rows, cols) = len(buffer), grads.shape[1:]
         padding = share * world.size - len(grads)
         grads = F.pad(grads, (0, 0, 0, 0, 0, padding))[world.rank * share :][:share]
@@ -945,12 +947,12 @@ class Muon:
 # --- 8. GPTQ ---
 def collect_hessians(model: GPT, batches: list) -> dict:
     """X^T X per token of the inputs X of every matrix, by its name: float32 [cols, cols]."""
-    names = {id(p): name for name, p in model.named_parameters() if model.kinds[name] != SCALAR}
+    names = {p: name for name, p in model.named_parameters() if model.kinds[name] != SCALAR}
     hessians = collections.defaultdict(float)
     def hook(module, inputs, _):
-        if isinstance(module, Linear) and id(module.weight) in names:
+        if isinstance(module, Linear) and module.weight in names:
             X = inputs[0].flatten(0, -2).float()
-            hessians[names[id(module.weight)]] += X.mT @ X
+            hessians[names[module.weight]] += X.mT @ X
     with torch.no_grad(), nn.modules.module.register_module_forward_hook(hook):
         for x, _ in batches:
             model.forward(x)  # not compiled: hooks are seen
@@ -989,7 +991,7 @@ def quantize(model: GPT, hessians: dict[str, Tensor], step: float) -> dict:
             continue
         H, bits = hessians[name], model.bits(name)
         qmax = 2 ** (torch.as_tensor(bits).min() - 1) - 1  # of the coarsest rows
-        uses = 1 + (W is model.tok_emb.weight)  # as head and as input
+        uses = 1 + (W is model.tok_emb.weight)  # head and input
         clip_sigmas = qmax * step / (W.std(1) * (uses * H.diagonal().mean()).sqrt())  # [rows]
         quantized[name] = gptq_quantize(W, H, bits, clip_sigmas.clamp(6.0, 1e4))
     return quantized
@@ -1242,7 +1244,7 @@ class LoraTTT:
     def new_adapters(self, rows: int) -> dict:
         adapters, r = {}, self.hp.ttt_lora_rank
         generator = torch.Generator(world.device).manual_seed(self.hp.seed)
-        for linear in (module for module in self.model.modules() if isinstance(module, Linear)):
+        for linear in (m for m in self.model.modules() if isinstance(m, Linear)):
             n_out, n_in = linear.weight.shape
             A = torch.empty(rows, r, n_in, device=world.device)
             A.uniform_(-(n_in**-0.5), n_in**-0.5, generator=generator)
@@ -1383,7 +1385,7 @@ def check_bytes(audit, hp, validation) -> None:
 
 def pack(hp, model, validation, hessians: dict) -> dict:
     """Writes the artifact. Returns pre_quant_val_bpb, of the weights before."""
-    if world.rank == 0:  # other ranks' may differ in the last bit
+    if not world.rank:  # other ranks' may differ in the last bit
         fit(hp, model, hessians)
     plan = window_plan(validation.tokens, hp, hp.eval_seq_len)
     ema = validate(model, validation, plan, "diagnostic pre-quantization post-ema")
@@ -1467,7 +1469,7 @@ def main(hp_class=Hyperparameters, model_class=GPT, validation_class=Validation)
         lambda: hp.eval_only or hp.micro_steps(),
         lambda: check_files(hp) or each(call, (
             lambda: validation_class(hp),
-            lambda: None if hp.eval_only else TokenStream(hp.data_path, "train", hp.vocab_size))),
+            lambda: not hp.eval_only and TokenStream(hp.data_path, "train", hp.vocab_size))),
         lambda: world.rank or claim_outputs(hp, model)), world.size)
     each(functools.partial(init_log, hp), [code])
     log.info(f"val_loader:shards:{len(validation.paths)} tokens:{len(validation.target_bytes)} "

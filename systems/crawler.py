@@ -29,6 +29,7 @@ class Hyperparameters(layouts.Hyperparameters):
     layout: str = "A2 (A G)x4 A2"  # a G has no MLP here
     mlp_mult: float = bounded(3.2, 1)
     gdn_heads: int = bounded(4, 1)
+    gdn_key_heads: int = bounded(4, 1)
     gdn_head_dim: int = bounded(128, 2)
     qk_gain_init: float = 1.5
     matrix_lr: float = 0.03

@@ -35,6 +35,7 @@ class Hyperparameters(layouts.Hyperparameters):
     model_dim: int = bounded(512, 2)
     mlp_mult: float = bounded(3.0, 1)
     gdn_heads: int = bounded(8, 1)
+    gdn_key_heads: int = bounded(8, 1)
     gdn_head_dim: int = bounded(64, 2)
     num_heads: int = bounded(8, 1)
     num_kv_heads: int = bounded(4, 1)

@@ -44,6 +44,7 @@ class Hyperparameters(layouts.Hyperparameters):
     model_dim: int = bounded(512, 2)
     mlp_mult: float = bounded(4.125, 1)
     gdn_heads: int = bounded(4, 1)
+    gdn_key_heads: int = bounded(2, 1)
     gdn_head_dim: int = bounded(64, 2)
     num_heads: int = bounded(8, 1)
     num_kv_heads: int = bounded(4, 1)
@@ -69,7 +70,6 @@ class Hyperparameters(layouts.Hyperparameters):
     eval_rows: int = bounded(8, 1)  # of a rank; 80 begin in a chunk of TTT
     eval_seq_len: int = bounded(4096, 2)
 
-    gdn_key_heads: int = bounded(2, 1)  # each for as many of the GDN_HEADS values
     conv_size: int = bounded(2, 1, 4)  # tokens that a convolution of Gated DeltaNet sees
     o_norm: bool = False  # whether outputs of Gated DeltaNet are normalised
     enable_looping_at: float = bounded(0.4, 0, 1)  # progress from which the group loops
@@ -89,8 +89,6 @@ class Hyperparameters(layouts.Hyperparameters):
     def validate(self) -> None:
         super().validate()
         self.require("layout", len(self.order_of_passes()) > 1, "more than one pass")
-        shared = self.gdn_heads % self.gdn_key_heads == 0
-        self.require("gdn_key_heads", shared, "to divide GDN_HEADS")
         self.require("rope_dims", self.rope_dims < self.head_dim, "less than HEAD_DIM")
         is_power = self.head_dim & (self.head_dim - 1) == 0
         self.require("head_dim", is_power, "a power of 2")
@@ -108,10 +106,12 @@ class Hyperparameters(layouts.Hyperparameters):
         return torch.from_numpy(bits[: self.vocab_size] > 0)
 
 
-class DeltaNet(layers.GroupedDeltaNet):
+class DeltaNet(layers.DeltaNet):
     """With positive features: all queries and keys meet at less than a right angle."""
 
-    feature = staticmethod(lambda x: F.elu(x) + 1)
+    def activate(self, qkv: Tensor) -> Tensor:
+        qk, v = qkv.tensor_split([-len(self.v_proj.weight)], -1)
+        return torch.cat((F.elu(qk) + 1, F.silu(v)), -1)
 
 
 class ParallelBlock(train_gpt.Block):

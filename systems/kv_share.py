@@ -22,6 +22,8 @@ class Hyperparameters(train_gpt.Hyperparameters):
     layout: str = "G10"
     model_dim: int = bounded(544, 2)
     mlp_mult: float = bounded(3.0, 1)
+    gdn_heads: int = bounded(8, 1)
+    gdn_key_heads: int = bounded(8, 1)
     train_seq_len: int = bounded(1024, 1)
     eval_mode: str = "sliding"
     eval_seq_len: int = bounded(1024, 2)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt  # noqa: E402  (the path comes first)
-from train_gpt import SCALAR, ZEROS, Linear, last, norm, rotary, shift  # noqa: E402
+from train_gpt import SCALAR, ZEROS, last, norm, rotary, shift  # noqa: E402
 
 # as nn.Conv1d starts
 CONV_RULE = (
@@ -29,22 +29,21 @@ DT_RULE = (
 )
 
 
-class GroupedDeltaNet(train_gpt.GatedDeltaNet):
-    """GDN_KEY_HEADS queries and keys, each for as many of the GDN_HEADS values, 0 = one for each;
-    convolutions over CONV_SIZE tokens, 0 = none; with O_NORM=0 the outputs are not normalised."""
-
-    feature = staticmethod(F.silu)  # of queries and keys
+class DeltaNet(train_gpt.GatedDeltaNet):
+    """With convolutions over CONV_SIZE tokens, 0 = none; with O_NORM=0 the outputs are not
+    normalised."""
 
     def __init__(self, hp):
         super().__init__(hp)
-        D, H, K = hp.model_dim, hp.gdn_heads, hp.gdn_head_dim
-        key_heads = hp.gdn_key_heads or H
-        self.q_proj, self.k_proj = Linear(D, key_heads * K), Linear(D, key_heads * K)
-        for name, heads in dict(q=key_heads, k=key_heads, v=H).items():
-            taps = nn.Parameter(torch.empty(heads * K, hp.conv_size)) if hp.conv_size else None
+        for name, heads in zip("qkv", self.qkv_heads, strict=True):
+            shape = heads * self.head_dim, hp.conv_size
+            taps = nn.Parameter(torch.empty(shape)) if hp.conv_size else None
             setattr(self, f"{name}_conv1d", taps)
         if not hp.o_norm:
             self.o_norm = None
+
+    def activate(self, qkv: Tensor) -> Tensor:  # behind the convolutions
+        return F.silu(qkv)
 
     def forward(self, seen: Tensor, T: int, ctx: train_gpt.Context, state: Tensor | None):
         def heads(x):
@@ -54,15 +53,14 @@ class GroupedDeltaNet(train_gpt.GatedDeltaNet):
         if self.q_conv1d is not None:
             taps = torch.cat((self.q_conv1d, self.k_conv1d, self.v_conv1d))
             qkv = train_gpt.short_conv(qkv, taps, ctx)
-        H, key_heads = len(self.A_log), len(self.k_proj.weight) // self.head_dim
-        q, k, v = heads(qkv).split((key_heads, key_heads, H), 2)
-        q, k = (F.normalize(self.feature(x), dim=-1) for x in (q, k))
-        q, k = (x.repeat_interleave(H // key_heads, 2) for x in (q, k))
+        q, k, v = heads(self.activate(qkv)).split(self.qkv_heads, 2)
+        group = v.shape[2] // k.shape[2]
+        q, k = (F.normalize(x, dim=-1).repeat_interleave(group, 2) for x in (q, k))
         gate, a, b = train_gpt.products(seen, self.g_proj, self.a_proj, self.b_proj)
         g = -self.A_log.exp() * F.softplus(last(a, T).float() + self.dt_bias)  # [B, T, H]
         g = g.masked_fill(last(ctx.same_doc, T)[..., :1] == 0, train_gpt.RESET_LOG_DECAY)
         beta = last(b, T).float().sigmoid()
-        o, state = train_gpt.gated_delta_rule(q, k, F.silu(v), g, beta, state)
+        o, state = train_gpt.gated_delta_rule(q, k, v, g, beta, state)
         o = o if self.o_norm is None else norm(o, self.o_norm)
         return self.o_proj((o * F.silu(heads(gate))).flatten(2)), state
 

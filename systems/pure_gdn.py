@@ -38,6 +38,7 @@ class Hyperparameters(train_gpt.Hyperparameters):
     model_dim: int = bounded(384, 2)
     mlp_mult: float = bounded(4.0, 1)
     gdn_heads: int = bounded(6, 1)
+    gdn_key_heads: int = bounded(6, 1)
     num_heads: int = bounded(6, 1)
     num_kv_heads: int = bounded(6, 1)
     window_size: int = bounded(256, 1)

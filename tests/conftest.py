@@ -38,6 +38,7 @@ TINY = dict(
     model_dim=32,
     mlp_mult=2.0,
     gdn_heads=2,
+    gdn_key_heads=1,
     gdn_head_dim=16,
     num_heads=2,
     num_kv_heads=1,

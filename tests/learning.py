@@ -109,7 +109,7 @@ MLPS = Mode(  # full attention sees whole documents
     *("hybrid_1895", "hybrid_1895", "hybrid_1895", "MlpTTT"),
     STREAM
     | dict(ttt="sgd", layout="G A2", eval_seq_len=64, rope_dims=4)
-    | dict(gdn_key_heads=1, parallel_start_layer=2),
+    | dict(parallel_start_layer=2),
 )
 LEARNING = [mode for mode in MODES if MODES[mode].learner]
 

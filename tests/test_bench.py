@@ -41,7 +41,6 @@ OWN = dict(
     ),
     hybrid_1895=dict(
         layout="G A (A)x2",
-        gdn_key_heads=1,
         frequent_tokens=100,
         parallel_start_layer=2,
         ttt_chunk_tokens=256,
@@ -258,7 +257,7 @@ def test_toys_have_the_same_parameters_and_the_same_tokens(system):
     settings, count = bench.toy(system, target, 614_400)
     hp = bench.module_of(system).Hyperparameters(**settings)
     hp.validate()
-    assert count == bench.parameters(hp) == pytest.approx(target, rel=0.025)
+    assert count == bench.parameters(hp) == pytest.approx(target, rel=0.03)  # half a step of width
     tokens = 0
     for step in range(hp.iterations):
         micro_steps = hp.micro_steps_at(hp.progress(step, 0.0))

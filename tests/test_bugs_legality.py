@@ -172,7 +172,7 @@ BATCHES = "[loader.next() for _ in range(hp.gptq_calibration_batches * hp.micro_
 VALIDATION_BATCHES = """\
     batches = [(validation.tokens[:256].view(-1, 64), None) for _ in batches]
 """
-PACKED = "    if world.rank == 0:  # other ranks' may differ in the last bit\n"
+PACKED = "    if not world.rank:  # other ranks' may differ in the last bit\n"
 EMBEDDED = "        x = x0 = norm(last(self.embed(ids.clamp(min=0), ctx), T))"
 SEES_ITS_TARGET = f"""\
 {EMBEDDED}

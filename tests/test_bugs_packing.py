@@ -177,9 +177,10 @@ def the_log_and_the_artifact_say_what_runs(p: Program) -> None:
     saved = p.core.load_artifact(run.folder / "model.ptz", "cpu", cls, p.system.GPT)[1]
     of_a_model = asdict(hp).keys() - {"run_id", "artifact", "scores"}
     assert all(getattr(saved, name) == getattr(hp, name) for name in of_a_model)
-    D, n = hp.model_dim, hp.gdn_heads * hp.gdn_head_dim
-    delta = 5 * D * n + 2 * D * hp.gdn_heads + 12 * n + 2 * hp.gdn_heads + hp.gdn_head_dim
-    lent = 2 * D * n + 8 * n  # keys and values of every second block
+    D, heads, key_heads, K = hp.model_dim, hp.gdn_heads, hp.gdn_key_heads, hp.gdn_head_dim
+    n, n_keys = heads * K, key_heads * K
+    delta = (3 * D + 4) * n + (2 * D + 8) * n_keys + (2 * D + 2) * heads + K
+    lent = (D + 4) * (n + n_keys)  # keys and values of every second block
     embedding = hp.vocab_size * D + 96 * hp.ngram_dim + hp.ngram_dim * D
     blocks = 4 * (2 * D * int(2.5 * D) + 4 * D)
     assert f"model_params:{embedding + blocks + 4 * delta - 2 * lent}" in lines
@@ -329,7 +330,7 @@ BUGS = [
     Bug(
         "T19",
         "error: mixer.q_proj.weight",
-        [("(Linear(D, H * K) for _", "(nn.Linear(D, H * K, bias=False) for _")],
+        [("(Linear(D, n * K) for n", "(nn.Linear(D, n * K, bias=False) for n")],
     ),
     Bug(
         "T20",

@@ -370,7 +370,7 @@ BUGS = [
         every_file_has_one_writer,
         [
             (
-                '    if world.rank == 0:\n        with open(f"{path}.tmp"',
+                '    if not world.rank:\n        with open(f"{path}.tmp"',
                 '    if True:\n        with open(f"{path}.tmp"',
             )
         ],

@@ -62,12 +62,11 @@ def slow_conv(x, taps, activation=silu):
 
 
 def slow_delta_net(W, n, hp):
-    """Gated DeltaNet over one document. W: weights by name; n: [T, D], normalised. With grouped
-    values, if a system has that, queries and keys are positive."""
-    d, y, is_grouped = hp.gdn_head_dim, {}, hasattr(hp, "gdn_key_heads")
-    group = hp.gdn_heads // hp.gdn_key_heads if is_grouped else 1
+    """Gated DeltaNet over one document. W: weights by name; n: [T, D], normalised. Queries and keys
+    of hybrid_1895 are positive."""
+    d, y, group = hp.gdn_head_dim, {}, hp.gdn_heads // hp.gdn_key_heads
     for name in "qkv":
-        activation = positive if is_grouped and name != "v" else silu
+        activation = positive if hp.system == "hybrid_1895" and name != "v" else silu
         y[name] = slow_conv(n @ W(f"{name}_proj.weight").T, W(f"{name}_conv1d"), activation)
     out = torch.zeros(len(n), hp.gdn_heads * d).double()
     for h in range(hp.gdn_heads):
@@ -235,7 +234,7 @@ def test_the_ngram_lookup_is_that_of_pythons_integers(vocab_size, rows):
 
 
 def test_gated_delta_net_is_its_formula(tiny, lively, monkeypatch):
-    hp = tiny(layout="G", gdn_heads=3)
+    hp = tiny(layout="G", gdn_heads=6, gdn_key_heads=3)
     layer = lively(GPT(hp)).blocks[0].mixer
     W = weights_of(layer)
     ids, x = random_ids(hp, T=50, starts=(0, 1, 9, 33)), torch.randn(2, 50, hp.model_dim)
@@ -295,7 +294,7 @@ MODELS = {  # system, options, (kind, owner) of each block, order of the passes
     ),
     "bare": (
         "train_gpt",
-        dict(layout="S G", xsa=False, rope_dims=0, mlp_mult=3.0, gdn_heads=3),
+        dict(layout="S G", xsa=False, rope_dims=0, mlp_mult=3.0, gdn_heads=3, gdn_key_heads=3),
         own("SG"),
         [0, 1],
     ),

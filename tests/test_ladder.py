@@ -82,7 +82,7 @@ def test_every_parameter_of_a_candidate_learns(candidate, lively):
 
 def test_shared_keys_are_keys_repeated(lively):
     grouped = model_of("G5 S G5 S=5 + grouped heads", lively)
-    hp = variants.Hyperparameters(**SHAPE | ladder.SHARED | dict(gdn_heads=2))
+    hp = variants.Hyperparameters(**SHAPE | ladder.SHARED | ladder.NARROW)
     plain, state = variants.GPT(hp), grouped.state_dict()
     for name, value in state.items():
         if ".mixer.q_" in name or ".mixer.k_" in name:
@@ -177,7 +177,7 @@ def climbed(scores) -> list[ladder.Run]:
 
 def test_the_climb_takes_the_best_and_their_changes():
     quality = {name: 2 + i for i, name in enumerate(reversed(ladder.LAYOUTS))}
-    better = f"{ladder.RECORD} + LN scale"
+    better = f"{ladder.BASE} + LN scale"
 
     def scores(run):
         layout, *changes = run.candidate.split(" + ")
@@ -188,8 +188,8 @@ def test_the_climb_takes_the_best_and_their_changes():
     low, middle, top = ([run for run in order if run.tokens == tokens] for tokens in ladder.RUNGS)
     best = min(quality, key=quality.get)
     climbers = {best, better, *ladder.COMPARED}
-    changed = {f"{ladder.RECORD} + {name}" for name in {*ladder.CHANGES} - {"even decays"}}
-    everyone = {*ladder.LAYOUTS, *ladder.COMPARED, ladder.RECORD, *changed}
+    changed = {f"{ladder.BASE} + {name}" for name in {*ladder.CHANGES} - {"even decays"}}
+    everyone = {*ladder.LAYOUTS, *ladder.COMPARED, *changed}
     assert {run.candidate for run in low} == everyone
     assert {run.candidate for run in middle} >= climbers
     assert {run.candidate for run in top} == climbers
@@ -295,10 +295,10 @@ def test_a_run_that_fails_says_why(monkeypatch, tmp_path):
 
 
 def test_at_full_size_the_candidate_of_its_layout_is_the_record():
-    hp, record = forecast.full_of("G3 S x3"), t.Hyperparameters(run_id="run")
+    hp, record = forecast.full_of(ladder.RECORD), t.Hyperparameters(run_id="run")
     known = asdict(record) | dict(mlp_mult=hp.mlp_mult, run_id=hp.run_id)
     assert {name: asdict(hp)[name] for name in known} == known
-    assert 2.5 < hp.mlp_mult < 3  # the record leaves bytes unused
+    assert record.mlp_mult <= hp.mlp_mult < record.mlp_mult + 0.25  # in whole tiles of 128
 
 
 @pytest.mark.parametrize("candidate", ["G S x6, narrow", "G2 S8 G, grouped", "transformer"])
@@ -308,7 +308,8 @@ def test_at_full_size_all_bytes_are_used(candidate):
     used = sum(ladder.bench.estimated_bytes(hp, module)) + ladder.bench.code_bytes(system)
     assert 0.999 * forecast.ARTIFACT_BYTES < used <= forecast.ARTIFACT_BYTES
     toy = ladder.toy_of(candidate)
-    assert (hp.model_dim, hp.gdn_heads) == (4 * toy.model_dim, 2 * toy.gdn_heads)
+    assert hp.model_dim == 4 * toy.model_dim
+    assert candidate == "transformer" or hp.gdn_heads == 2 * toy.gdn_heads
 
 
 def test_stages_are_shares_of_the_time():
@@ -362,7 +363,7 @@ def test_in_equal_time_a_faster_layout_has_more_tokens(monkeypatch):
     four, here 1.414."""
     first, second, third = ladder.RUNGS
     fast = "G2 S x4"
-    scores = {(ladder.RECORD, first, 1): 2.5, (ladder.RECORD, second, 1): 2.1}
+    scores = {(ladder.BASE, first, 1): 2.5, (ladder.BASE, second, 1): 2.1}
     scores |= {(fast, first, 1): 2.6, (fast, second, 1): 2.1, (fast, second, 2): 2.3}
     scores |= {("G11", first, 1): 2.5, ("G11", second, 1): 2.0}  # its step was not measured
     scores |= {("S11", second, 1): 2.0, ("G S x6", third, 1): 1.0}  # on one rung
@@ -377,7 +378,7 @@ def test_in_equal_time_a_faster_layout_has_more_tokens(monkeypatch):
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells == [
         ["2,457,600", "G11", "1", "2.0000", "-", "-0.1000", "+0.0000", "-", "-"],
-        ["2,457,600", ladder.RECORD, "1", "2.1000", "-", *["+0.0000"] * 2, "1.00", "+0.0000"],
+        ["2,457,600", ladder.BASE, "1", "2.1000", "-", *["+0.0000"] * 2, "1.00", "+0.0000"],
         ["2,457,600", fast, "2", "2.2000", "0.1414", "+0.0000", "+0.1000", "1.41", "-0.1000"],
     ]
 
@@ -413,15 +414,15 @@ def test_what_has_no_step_is_one_line(monkeypatch):
     assert forecast.main().startswith("forecast: error: G40: no name of LAYOUTS")
 
 
-def test_a_change_is_compared_with_the_record_of_its_seed(monkeypatch):
-    first, norm = ladder.RUNGS[0], f"{ladder.RECORD} + no output norm"
+def test_a_change_is_compared_with_the_base_of_its_seed(monkeypatch):
+    first, norm = ladder.RUNGS[0], f"{ladder.BASE} + no output norm"
     scores = {
-        (ladder.RECORD, first, 1): 2.5,
-        (ladder.RECORD, first, 2): 2.4,
+        (ladder.BASE, first, 1): 2.5,
+        (ladder.BASE, first, 2): 2.4,
         ("G11", first, 1): 2.0,
     }
     scores |= {(norm, first, 1): 2.6, (norm, first, 2): 2.6, (norm, first, 3): 9.0}
-    scores |= {(f"{ladder.RECORD} + no XSA", first, 3): 2.0}  # with no record to compare
+    scores |= {(f"{ladder.BASE} + no XSA", first, 3): 2.0}  # with no base to compare
     rows = rows_of(scores)
     for row in rows.values():
         row |= dict(mlp_mult=2.0, parameters=1000, val_bpb=2 * row["pre_quant_val_bpb"])
@@ -439,7 +440,7 @@ def test_a_smooth_curve_is_the_mean_of_what_is_near():
 def test_the_picture_says_of_which_results_it_is(tmp_path, monkeypatch):
     results = tmp_path / "ladder.jsonl"
     results.write_text("of these")
-    found = rows_of({(name, ladder.RUNGS[1], 1): 2.0 for name in (ladder.RECORD, "G11")})
+    found = rows_of({(name, ladder.RUNGS[1], 1): 2.0 for name in (ladder.BASE, "G11")})
     monkeypatch.setattr(ladder, "results", lambda: found)
     monkeypatch.setattr(ladder, "RESULTS", results)
     ladder.draw(tmp_path / "ladder.png")

@@ -24,6 +24,7 @@ import repack  # noqa: E402  (the path comes first)
 SMALL = dict(
     MODEL_DIM="32",
     GDN_HEADS="2",
+    GDN_KEY_HEADS="1",
     GDN_HEAD_DIM="16",
     NUM_HEADS="2",
     NUM_KV_HEADS="1",
@@ -221,5 +222,5 @@ def test_the_batch_of_a_system_is_split_evenly_over_ranks(monkeypatch, name, ran
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_preset_that_a_system_has_not_is_refused_by_name(name):
-    with pytest.raises(ValueError, match="PRESET='kv_share': no file"):
+    with pytest.raises(ValueError, match="PRESET='kv_share': no preset"):
         system(name).Hyperparameters.from_env(dict(PRESET="kv_share"))

@@ -23,7 +23,6 @@ OWN = dict(
     smear_dims=8,
     ttt_chunk_tokens=256,
     curriculum="0:1x64",
-    gdn_key_heads=1,
     frequent_tokens=30,
 )
 

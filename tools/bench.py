@@ -421,7 +421,9 @@ def toy(system: str, target: int, tokens: int) -> tuple[dict, int]:
     """Settings of a toy of the system: its layout and tricks, the width that comes nearest to
     `target` parameters, and as many steps as `tokens` need; and its parameters."""
     hp_class = module_of(system).Hyperparameters
-    settings = TOY | dict(grad_accum_steps=hp_class.grad_accum_steps or 1)
+    key_heads = TOY["gdn_heads"] * hp_class.gdn_key_heads // hp_class.gdn_heads
+    own = dict(grad_accum_steps=hp_class.grad_accum_steps or 1, gdn_key_heads=key_heads)
+    settings = TOY | own
     if hasattr(hp_class, "ngram_dim"):
         settings |= TOY_NGRAMS
 

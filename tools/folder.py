@@ -28,9 +28,9 @@ OWN_SETTINGS = {"seed", "run_id", "artifact", "scores", "data_path", "tokenizer_
 NOT_ASKED = {"seed", "run_id", "artifact", "scores", "eval_only", "system", "preset"}
 IN_COMMON = "system layout documents bytes official hardware pytorch_version bytes_code".split()
 ARCHITECTURE = (
-    "layout model_dim mlp_mult gdn_heads gdn_head_dim num_heads num_kv_heads head_dim window_size "
-    "rope_dims vocab_size train_seq_len train_batch_tokens ema_decay matrix_bits embed_bits "
-    "eval_mode ttt"
+    "layout model_dim mlp_mult gdn_heads gdn_key_heads gdn_head_dim num_heads num_kv_heads "
+    "head_dim window_size rope_dims vocab_size train_seq_len train_batch_tokens ema_decay "
+    "matrix_bits embed_bits eval_mode ttt"
 ).split()
 
 

@@ -38,7 +38,7 @@ BILLION = 0.1115  # #1950, #1979: 1.06445, 1.03969 at 3.90, 12.58 billion tokens
 ANCHOR = 3.90e9, 1.0667  # tokens and score of #1787, whose layout `transformer` has
 # Share of its bound that a stack reaches
 TRANSFORMERS = 0.77, 0.83  # #1493, #1787
-HYBRIDS = 0.65, 0.76  # the record before on an H100, without fla's convolution; #1895
+HYBRIDS = 0.65, 0.76  # the first record on an H100, without fla's convolution; #1895
 
 # Not used for the law: a recurrent layout, its attention, billions of tokens, difference published
 PAIRS = (
@@ -76,6 +76,10 @@ def measure(candidate: str) -> dict:
         tokens=hp.train_batch_tokens,
         source=ladder.t.digest(ROOT / "train_gpt.py")[:12],
     )
+
+
+def costing(candidate: str) -> str:  # without what costs no time
+    return candidate.replace(" + even decays", "")
 
 
 def measured() -> dict[str, dict]:
@@ -149,13 +153,13 @@ def table_of_pairs() -> Iterator[str]:
 
 
 def at_equal_time() -> Iterator[str]:
-    """Of toys on a rung and the one below, against the record by the same seeds. *In equal time*
-    each has, of its tokens, the share that its layout has of the record's at full size; what they
-    cost is by its own slope between the two rungs."""
+    """Of toys on a rung and the one below, against the ladder's BASE by the same seeds. *In equal
+    time* each has, of its tokens, the share that its layout has of that of BASE at full size; what
+    they cost is by its own slope between the two rungs."""
     found, rows = ladder.results(), measured()
 
     def tokens(candidate: str) -> float:  # at full size, in the middle; nan: not measured
-        row = rows.get(candidate.replace(" + even decays", ""))  # which cost nothing
+        row = rows.get(costing(candidate))
         return statistics.mean(by_speed(row)[0]) if row else math.nan
 
     yield (
@@ -171,7 +175,7 @@ def at_equal_time() -> Iterator[str]:
                 continue
             own = [row["pre_quant_val_bpb"] for run, row in found.items() if run[:2] == (name, top)]
             deviation = f"{statistics.stdev(own):.4f}" if len(own) > 1 else "-"
-            share = tokens(name) / tokens(ladder.RECORD)
+            share = tokens(name) / tokens(ladder.BASE)
             gain = ladder.score(name, top, found) - ladder.score(name, below, found)
             in_time = now + gain * math.log(share) / math.log(top / below)
             equal = f"{share:.2f} | {in_time:+.4f}" if share > 0 else "- | -"
@@ -191,7 +195,8 @@ def main() -> str | None:
         if args.command == "one":
             print(*(json.dumps(measure(name)) for name in args.names), sep="\n")
         elif args.command == "steps":
-            measure_missing(args.names or [*ladder.LAYOUTS, ladder.TRANSFORMER])
+            everyone = [*ladder.LAYOUTS, ladder.TRANSFORMER, *map(costing, ladder.COMPARED)]
+            measure_missing(args.names or [*dict.fromkeys(everyone)])
         else:
             print(*table(), sep="\n")
     except (OSError, ValueError, subprocess.CalledProcessError) as error:

@@ -5,7 +5,7 @@
     python tools/ladder.py show                                     # tables of what is there
     python tools/ladder.py draw                                     # their losses: docs/pictures/
 
-`run` climbs: every layout on the lowest rung; each change of the record, one at a time; then the
+`run` climbs: every layout on the lowest rung; each change of one of them, one at a time; then the
 best of all of these with another seed, on the next rung, and so on. It can be stopped at any
 time: a run that had begun goes on from its last checkpoint, one that had ended is a line of
 logs/ladder.jsonl. The candidates are toys, 128 wide, of tools/variants.py or a system: as wide an
@@ -47,7 +47,6 @@ TOY = dict(  # a quarter of the record's width, half of its heads, half as large
     train_seq_len=2048,
     grad_accum_steps=1,
     model_dim=128,
-    gdn_heads=4,
     gdn_head_dim=32,
     num_heads=4,
     num_kv_heads=2,
@@ -67,10 +66,12 @@ TOY = dict(  # a quarter of the record's width, half of its heads, half as large
     ttt="",
 )
 RANDOM = dict(even_decays=False)  # the record's decays when the ladder began
-NARROW = dict(gdn_heads=2)  # of the record's size: 4 heads of 64
-GROUPED = dict(gdn_heads=2, gdn_key_heads=1)  # 2 key heads, 4 value heads (#1895)
+# Heads of Gated DeltaNet, half of those at full size
+WIDE = dict(gdn_heads=4, gdn_key_heads=4)  # as many as the record had when the ladder began
+NARROW = dict(gdn_heads=2, gdn_key_heads=2)
+GROUPED = dict(gdn_heads=2, gdn_key_heads=1)  # as the record and #1895
 SHARED = dict(layout="G5 S G5 S=5")  # of #1545
-REFERENCE = SHARED | dict(mlp_mult=2.5)  # which the record was when the ladder began
+REFERENCE = WIDE | SHARED | dict(mlp_mult=2.5)  # which the record was when the ladder began
 LAYOUTS = {
     "G5 S G5 S=5": SHARED,
     "G3 S x3": dict(layout="G3 S G3 S G3 S"),
@@ -103,9 +104,10 @@ CHANGES = {
     "last attention twice": dict(layout="G3 S G3 S G3 (S)x2", enable_looping_at=0.35),
     "even decays": dict(even_decays=True),
 }
-RECORD = "G3 S x3 + even decays"  # but for the SmearGate, whose absence is one of its changes
-# On every rung: the record before, attention, and the record with fewer heads, which is faster
-COMPARED = "G5 S G5 S=5", TRANSFORMER, "G3 S x3, narrow + even decays"
+BASE = "G3 S x3 + even decays"  # with which all are compared, and whose changes are tried
+RECORD = f"{BASE} + grouped heads"  # but for the SmearGate, whose absence is one of the changes
+# On every rung: these, as many heads without sharing, the first record, and attention
+COMPARED = BASE, RECORD, "G3 S x3, narrow + even decays", "G5 S G5 S=5", TRANSFORMER
 
 
 class Run(NamedTuple):
@@ -125,7 +127,7 @@ def overrides(candidate: str) -> dict:
     layout, *changes = candidate.split(" + ")
     if layout not in {*LAYOUTS, TRANSFORMER} or not CHANGES.keys() >= {*changes}:
         raise ValueError(f"{candidate}: no name of LAYOUTS, with + and names of CHANGES")
-    found = {} if layout == TRANSFORMER else dict(LAYOUTS[layout])
+    found = {} if layout == TRANSFORMER else WIDE | LAYOUTS[layout]
     for name in changes:
         found |= CHANGES[name]
     return found
@@ -263,16 +265,16 @@ def score(candidate: str, tokens: int, found: dict[Run, dict]) -> float:
 
 
 def pairs_of(candidate: str, tokens: int, found: dict[Run, dict]) -> list[tuple[dict, dict]]:
-    """Its row and the record's, for each seed that both have."""
+    """Its row and that of BASE, for each seed that both have."""
     return [
-        (row, found[record])
+        (row, found[base])
         for run, row in found.items()
-        if run[:2] == (candidate, tokens) and (record := Run(RECORD, *run[1:])) in found
+        if run[:2] == (candidate, tokens) and (base := Run(BASE, *run[1:])) in found
     ]
 
 
 def behind(candidate: str, tokens: int, found: dict[Run, dict], figure="pre_quant_val_bpb"):
-    """What it has more than the record, the mean of pairs; infinite if there is none."""
+    """What it has more than BASE, the mean of pairs; infinite if there is none."""
     more = [own[figure] - other[figure] for own, other in pairs_of(candidate, tokens, found)]
     return statistics.mean(more) if more else math.inf
 
@@ -284,8 +286,8 @@ def best(candidates, tokens: int, found: dict[Run, dict], count: int) -> list[st
 def next_runs(found: dict[Run, dict]) -> list[Run]:
     """Of the first stage that is not complete; [] at the top."""
     first, second, third = RUNGS
-    changed = [f"{RECORD} + {name}" for name in CHANGES if f" + {name}" not in RECORD]
-    everyone = [*dict.fromkeys([*LAYOUTS, *COMPARED, RECORD, *changed])]
+    changed = [f"{BASE} + {name}" for name in CHANGES if f" + {name}" not in BASE]
+    everyone = [*dict.fromkeys([*LAYOUTS, *COMPARED, *changed])]
 
     def leaders(count: int, tokens: int) -> list[str]:
         return [*dict.fromkeys([*best(everyone, tokens, found, count), *COMPARED])]
@@ -351,11 +353,11 @@ def tables() -> Iterator[str]:
 
 
 def is_change(candidate: str) -> bool:
-    return candidate.startswith(f"{RECORD} + ")
+    return candidate.startswith(f"{BASE} + ")
 
 
 def table_of_changes() -> Iterator[str]:
-    """Of the record on the lowest rung, by the seeds that it has too: what it has more."""
+    """Of BASE on the lowest rung, by the seeds that it has too: what they have more."""
     found, tokens = results(), RUNGS[0]
     changes = {run.candidate for run in found if is_change(run.candidate)}
     yield "| change | MLP | parameters | bits per byte more | int6 more | seeds |"
@@ -364,7 +366,7 @@ def table_of_changes() -> Iterator[str]:
         if pairs := pairs_of(name, tokens, found):
             more = [behind(name, tokens, found, of) for of in ("pre_quant_val_bpb", "val_bpb")]
             yield (
-                f"| {name.removeprefix(RECORD + ' + ')} | {pairs[0][0]['mlp_mult']:.2f} | "
+                f"| {name.removeprefix(BASE + ' + ')} | {pairs[0][0]['mlp_mult']:.2f} | "
                 f"{pairs[0][0]['parameters']:,} | {more[0]:+.4f} | {more[1]:+.4f} | {len(pairs)} |"
             )
 
@@ -383,15 +385,15 @@ def smooth(curve: dict[int, float]) -> tuple[list[int], list[float]]:
 
 
 def draw(path: Path) -> None:
-    """Training losses of seed 1 on the highest rung of the record, and what the others have more on
-    the same batches. The picture says of which RESULTS it is. Raises: OSError, ValueError if the
-    record has not been run."""
+    """Training losses of seed 1 on the highest rung of BASE, and what the others have more on the
+    same batches. The picture says of which RESULTS it is. Raises: OSError, ValueError if BASE has
+    not been run."""
     import plot
 
     found = {run: row for run, row in results().items() if run.seed == 1}
-    rungs = [run.tokens for run in found if run.candidate == RECORD]
+    rungs = [run.tokens for run in found if run.candidate == BASE]
     if not rungs:
-        raise ValueError(f"{RESULTS}: no run of {RECORD} with seed 1, with which all are compared")
+        raise ValueError(f"{RESULTS}: no run of {BASE} with seed 1, with which all are compared")
     top = max(rungs)
     curves = {run.candidate: dict(found[run]["losses"]) for run in found if run.tokens == top}
     names = best(curves, top, found, len(curves))
@@ -399,12 +401,12 @@ def draw(path: Path) -> None:
     figure, (upper, lower) = plot.new_figure(title, subtitle, 6.0, nrows=2, sharex=True)
     ends = []
     for name, colour in zip(names, plot.cycle(), strict=False):
-        more = {step: loss - curves[RECORD][step] for step, loss in curves[name].items()}
+        more = {step: loss - curves[BASE][step] for step, loss in curves[name].items()}
         upper.plot(*smooth(curves[name]), color=colour)
         lower.plot(*smooth(more), color=colour)
         ends.append((smooth(more)[1][-1], name.replace(" + ", "\n+ "), colour))
     upper.set(ylabel="nats per token", xscale="log")
-    lower.set(ylabel="more than the record", xlabel="tokens")
+    lower.set(ylabel=f"more than {BASE}", xlabel="tokens")
     figure.align_ylabels()
     plot.name_lines(lower, ends)
     metadata = dict(Software=None, Source=t.digest(RESULTS))

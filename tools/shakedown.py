@@ -135,9 +135,9 @@ PARTS = (
 TOY = dict(
     setting.split("=", 1)
     for setting in (
-        "MODEL_DIM=32 MLP_MULT=2 GDN_HEADS=2 GDN_HEAD_DIM=16 NUM_HEADS=2 NUM_KV_HEADS=1 "
-        "HEAD_DIM=16 ROPE_DIMS=8 WINDOW_SIZE=40 NGRAM_VOCAB_SIZE=256 NGRAM_DIM=16 TRAIN_SEQ_LEN=64 "
-        "TRAIN_BATCH_TOKENS=1536 GRAD_ACCUM_STEPS=3 ITERATIONS=5 WARMUP_STEPS=1 "
+        "MODEL_DIM=32 MLP_MULT=2 GDN_HEADS=2 GDN_KEY_HEADS=1 GDN_HEAD_DIM=16 NUM_HEADS=2 "
+        "NUM_KV_HEADS=1 HEAD_DIM=16 ROPE_DIMS=8 WINDOW_SIZE=40 NGRAM_VOCAB_SIZE=256 NGRAM_DIM=16 "
+        "TRAIN_SEQ_LEN=64 TRAIN_BATCH_TOKENS=1536 GRAD_ACCUM_STEPS=3 ITERATIONS=5 WARMUP_STEPS=1 "
         "CURRICULUM=0:1x64 MAX_WALLCLOCK_SECONDS=0 GPTQ_RESERVE_SECONDS=0 EVAL_SECONDS=0 "
         "ARTIFACT_TARGET_BYTES=0 "
         "EVAL_SEQ_LEN=64 EVAL_STRIDE=32 EVAL_CHUNK=16 EVAL_ROWS=4 VAL_BATCH_SIZE=256 "
@@ -606,7 +606,7 @@ def conv() -> None:
 
     bench, t, module = program()
     hp, errors = settings(module), {}
-    n = 3 * hp.gdn_heads * hp.gdn_head_dim  # of q, k and v
+    n = (2 * hp.gdn_key_heads + hp.gdn_heads) * hp.gdn_head_dim  # of q, k and v
     for name, tuner in tuners(CONVOLUTION).items():
         every = tuner.configs
         for config in every:

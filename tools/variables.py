@@ -41,6 +41,7 @@ MEANINGS = {
     "model_dim": "width of the residual stream",
     "mlp_mult": "hidden width of an MLP, in MODEL_DIM",
     "gdn_heads": "heads of Gated DeltaNet",
+    "gdn_key_heads": "of these, with queries and keys of their own",
     "gdn_head_dim": "width of its keys and values",
     "num_heads": "heads of attention",
     "num_kv_heads": "of these, with keys and values of their own",

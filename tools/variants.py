@@ -24,18 +24,12 @@ class Hyperparameters(layouts.Hyperparameters):
     system = "variants"
     conv_size: int = bounded(4, 0, 4)  # of Gated DeltaNet; 0 = SiLU alone
     o_norm: bool = True  # of Gated DeltaNet: each head's output is normalised
-    gdn_key_heads: int = 0  # each for as many of the GDN_HEADS value heads; 0 = GDN_HEADS
     even_decays: bool = True  # at the start, of the heads of Gated DeltaNet; or at random (fla)
     smear_dims: int = 0  # inputs of the SmearGate (#1855); 0 = off
     attn_gate_dims: int = 0  # of a gate on each attention head (#1787); 0 = off
     unet_skips: bool = False  # gated, from the first half of the passes to the second (#1787)
     ln_scale: bool = False  # block i reads its inputs over sqrt(i + 1) (#1787)
     enable_looping_at: float = bounded(0.0, 0, 1)  # progress from which a group loops
-
-    def validate(self) -> None:
-        super().validate()
-        shared = self.gdn_heads % (self.gdn_key_heads or 1) == 0
-        self.require("gdn_key_heads", shared, "to divide GDN_HEADS")
 
     def stage_starts(self) -> list[float]:
         return sorted({0.0, self.enable_looping_at})
@@ -81,7 +75,7 @@ class GPT(layers.SmearGate, parts.UNet, layouts.LateLoop):
 
     def new_mixer(self, kind: str) -> nn.Module:
         if kind == "G":
-            return layers.GroupedDeltaNet(self.hp)
+            return layers.DeltaNet(self.hp)
         window = self.hp.window_size if kind == "S" else sys.maxsize
         gated = self.hp.attn_gate_dims > 0
         return (transformer.GatedAttention if gated else t.Attention)(self.hp, window)

@@ -93,12 +93,13 @@ def real(name: str):
     return getattr(train_gpt, f"fla_{name}")._init_fn
 
 
-def fake_ops(shape: tuple[int, int, int, int]) -> dict[str, tuple]:
+def fake_ops(shape: tuple[int, int, int, int], channels: int) -> dict[str, tuple]:
     """Outputs of the ops' fakes."""
     import train_gpt  # noqa: F401  (registers the ops)
 
     with FakeTensorMode() as mode:
-        return run_ops(shape, lambda name: getattr(torch.ops.train_gpt, name), mode.from_tensor)
+        ops = torch.ops.train_gpt
+        return run_ops(shape, lambda name: getattr(ops, name), mode.from_tensor, channels)
 
 
 def on_gpu(card: cards.Card) -> None:
@@ -118,8 +119,8 @@ def described(outputs: dict[str, tuple]) -> list[tuple]:
     ]
 
 
-def compile_ops(card: cards.Card, shape: tuple[int, int, int, int], few: bool) -> dict:
-    """Compiles every configuration of every kernel, or a few.
+def compile_ops(card: cards.Card, shape: tuple[int, ...], channels: int, few: bool) -> dict:
+    """Compiles every configuration of every kernel, or a few; shape, channels: as of `run_ops`.
 
     Returns rows of kernel, configuration, registers, spilled, shared; what failed to compile; the
     ops' outputs, real and fake: name, dtype, shape, strides."""
@@ -153,7 +154,8 @@ def compile_ops(card: cards.Card, shape: tuple[int, int, int, int], few: bool) -
     triton.runtime.JITFunction.run, Autotuner.run = compile_only, chosen
     try:
         on_gpu(card)
-        found = [described(run_ops(shape, real)), described(fake_ops(shape))]
+        outputs = run_ops(shape, real, channels=channels), fake_ops(shape, channels)
+        found = [described(one) for one in outputs]
     finally:
         triton.runtime.JITFunction.run, Autotuner.run = run, tune
     return dict(rows=rows, failures=failures, real=found[0], fake=found[1])
@@ -208,11 +210,11 @@ def op_bytes(
 
 
 if __name__ == "__main__":
-    what, arch, *shape = sys.argv[1:]
+    what, arch, *sizes = sys.argv[1:]
     cards.pretend(cards.CARDS[int(arch)], "cpu")
-    shape = tuple(int(n) for n in shape)
+    *shape, channels = map(int, sizes)
     if what == "bytes":
-        result = op_bytes(shape)
+        result = op_bytes(tuple(shape), channels)
     else:
-        result = compile_ops(cards.CARDS[int(arch)], shape, what == "few")
+        result = compile_ops(cards.CARDS[int(arch)], tuple(shape), channels, what == "few")
     print(json.dumps(result))

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-# modules; gdn_hybrid has the record's layers and the n-grams of kv_share
+# modules; gdn_hybrid has layers of kv_share and the record, and the n-grams of kv_share
 SYSTEMS = "train_gpt baseline kv_share pure_gdn crawler transformer hybrid_1895".split()
 FULL = os.environ.get("GPULESS") == "full"  # layouts as they are, not a layer of each kind
 
