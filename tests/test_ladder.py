@@ -409,6 +409,15 @@ def test_steps_of_another_source_are_measured_again(monkeypatch, tmp_path):
     assert len({row["source"] for row in found}) == 1
 
 
+def test_without_names_the_step_of_all_that_stands_on_every_rung_is_measured(monkeypatch):
+    asked = []
+    monkeypatch.setattr(forecast, "measure_missing", asked.extend)
+    monkeypatch.setattr(sys, "argv", ["forecast.py", "steps"])
+    assert not forecast.main()
+    assert {"G3 S x3", "G3 S x3 + grouped heads", "G11", ladder.TRANSFORMER} <= {*asked}
+    assert not any("even decays" in name for name in asked)  # which cost nothing
+
+
 def test_what_has_no_step_is_one_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["forecast.py", "steps", "G40"])
     assert forecast.main().startswith("forecast: error: G40: no name of LAYOUTS")

@@ -195,8 +195,7 @@ def main() -> str | None:
         if args.command == "one":
             print(*(json.dumps(measure(name)) for name in args.names), sep="\n")
         elif args.command == "steps":
-            everyone = [*ladder.LAYOUTS, ladder.TRANSFORMER, *map(costing, ladder.COMPARED)]
-            measure_missing(args.names or [*dict.fromkeys(everyone)])
+            measure_missing(args.names or [*ladder.LAYOUTS, *map(costing, ladder.COMPARED)])
         else:
             print(*table(), sep="\n")
     except (OSError, ValueError, subprocess.CalledProcessError) as error:

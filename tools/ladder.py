@@ -5,7 +5,7 @@
     python tools/ladder.py show                                     # tables of what is there
     python tools/ladder.py draw                                     # their losses: docs/pictures/
 
-`run` climbs: every layout on the lowest rung; each change of one of them, one at a time; then the
+`run` climbs: every layout on the lowest rung; each change of BASE, one at a time; then the
 best of all of these with another seed, on the next rung, and so on. It can be stopped at any
 time: a run that had begun goes on from its last checkpoint, one that had ended is a line of
 logs/ladder.jsonl. The candidates are toys, 128 wide, of tools/variants.py or a system: as wide an
@@ -106,7 +106,7 @@ CHANGES = {
 }
 BASE = "G3 S x3 + even decays"  # with which all are compared, and whose changes are tried
 RECORD = f"{BASE} + grouped heads"  # but for the SmearGate, whose absence is one of the changes
-# On every rung: these, as many heads without sharing, the first record, and attention
+# On every rung: both, the record's heads without sharing, the first record, and attention
 COMPARED = BASE, RECORD, "G3 S x3, narrow + even decays", "G5 S G5 S=5", TRANSFORMER
 
 
