@@ -4,8 +4,8 @@
     PRESET=demo python train_gpt.py                           # a CPU, after data/prepare.py --demo
     EVAL_ONLY=1 ARTIFACT=final_model.int6.ptz python train_gpt.py  # score an artifact
 
-Every hyperparameter is an environment variable. All that makes the score is in this file; what
-proves the score is in tools/, other systems are in systems/. Sections, in run order:
+Every hyperparameter is an environment variable. All that makes the score is here; what proves it
+is in tools/, other systems are in systems/. Sections, in run order:
 1. Hyperparameters; 2. Ranks and log; 3. Byte accounting; 4. Shards; 5. Kernels; 6. Model;
 7. Optimizer; 8. GPTQ; 9. Packing; 10. Scoring; 11. Test-time training; 12. Training; 13. Main.
 """
@@ -29,7 +29,7 @@ import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from operator import call
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import brotli
 import numpy as np
@@ -71,9 +71,9 @@ def bounded(default, low: float, high: float = math.inf):  # other bounds than 0
 @dataclass
 class Hyperparameters:
     """One run, each field an environment variable. The defaults are the record's."""
-    system: ClassVar[str] = "record"  # systems/NAME.py sets it to NAME
-    kinds: ClassVar[str] = "GSA"  # of the blocks that a layout may have
-    ttt_kinds: ClassVar[tuple[str, ...]] = ("", "lora")
+    system = "record"  # systems/NAME.py sets it to NAME
+    kinds = "GSA"  # of the blocks that a layout may have
+    ttt_kinds = ("", "lora")
 
     preset: str = "record"  # the defaults, or presets/SYSTEM.PRESET.json
     run_id: str = field(default_factory=lambda: os.urandom(8).hex())  # the log is logs/<run_id>.txt
@@ -289,7 +289,7 @@ def code_files() -> list[Path]:
     loaded = {Path(getattr(m, "__file__", None) or here).resolve() for m in sys.modules.values()}
     return [here, *sorted(path for path in loaded if path.parent == here.parent / "systems")]
 
-def init_log(hp, code) -> None:
+def init_log(hp) -> None:
     """Rank 0 logs to stdout and appends code, versions, lines to logs/<run_id>.txt."""
     log.setLevel(logging.ERROR if world.rank else logging.INFO)
     log.propagate = False
@@ -301,7 +301,7 @@ def init_log(hp, code) -> None:
     versions = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}\n"
     if world.on_cuda and shutil.which("nvidia-smi"):
         versions += subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
-    parts = [*[""] * path.is_file(), *(file.read_text() for file in code), versions, ""]
+    parts = [*[""] * path.is_file(), *(file.read_text() for file in code_files()), versions, ""]
     path.open("a").write(f"\n{'=' * 100}\n".join(parts))
     log.addHandler(logging.FileHandler(path))
     log.info(f"{path} world_size:{world.size} device:{world.device.type} dtype:{world.dtype}")
@@ -428,7 +428,7 @@ class TrainLoader:
         self.last_read = time.perf_counter()
         both = torch.stack((tokens[:-1], tokens[1:])).view(2, -1, self.seq_len)
         return (both.pin_memory() if world.on_cuda else both).to(world.device, non_blocking=True)
-    def close(self) -> None:  # there is no training data after this: `next` fails
+    def close(self) -> None:  # no training data after this: `next` fails
         self.stream.shards.clear()
 
 # --- 5. Kernels ---
@@ -658,7 +658,7 @@ class GatedDeltaNet(nn.Module):
         self.g_proj, self.a_proj, self.b_proj = Linear(D, H * K), Linear(D, H), Linear(D, H)
         self.q_conv1d, self.k_conv1d, self.v_conv1d = (
             nn.Parameter(torch.empty(n * K, CONV_SIZE)) for n in heads)
-        self.A_log, self.dt_bias = nn.Parameter(torch.empty(H)), nn.Parameter(torch.empty(H))
+        self.A_log, self.dt_bias = (nn.Parameter(torch.empty(H)) for _ in range(2))
         self.o_norm = nn.Parameter(torch.empty(K))
         self.o_proj = Linear(H * K, D)
 
@@ -690,8 +690,8 @@ class Attention(nn.Module):
         self.head_dim, self.window, self.xsa = hp.head_dim, window, hp.xsa
         # the cache: inputs in the window; full attention is cut off somewhere
         self.reach, self.state_shape = min(window, hp.eval_seq_len) - 1, None
-        self.q_proj = Linear(D, H * hp.head_dim)
-        self.k_proj, self.v_proj = Linear(D, Hkv * hp.head_dim), Linear(D, Hkv * hp.head_dim)
+        self.q_proj, self.k_proj, self.v_proj = (
+            Linear(D, n * hp.head_dim) for n in (H, Hkv, Hkv))
         self.q_gain = nn.Parameter(torch.empty(H))
         self.o_proj = Linear(H * hp.head_dim, D)
     def forward(self, seen: Tensor, T: int, ctx: Context, state: None):  # as GatedDeltaNet.forward
@@ -940,8 +940,7 @@ class Muon:
         return gathered
 
     def reached(self) -> int:  # parameters with a momentum: a gradient has reached them
-        count = sum(buffer.flatten(1).any(1).sum() for buffer in self.momentum.values())
-        count = world.all_reduce(torch.as_tensor(count, device=world.device))
+        count = world.all_reduce(sum(m.flatten(1).any(1).sum() for m in self.momentum.values()))
         return count.item() + sum(s["exp_avg"].any().item() for s in self.adamw.state.values())
 
 # --- 8. GPTQ ---
@@ -1432,10 +1431,10 @@ def write_scores(hp, model, validation, nats: Tensor) -> None:
     if hp.scores:
         write_whole(hp.scores, lambda file: np.savez(file, **scores))
 
-def finish(hp, model_class, validation, code, audit, figures: dict) -> None:
+def finish(hp, model_class, validation, audit, figures: dict) -> None:
     """Scores the artifact and logs all figures. Raises: Refused if a check has failed."""
     figures |= evaluate(hp, model_class, validation, audit)
-    sizes = dict(bytes_code=sum(path.stat().st_size for path in code),
+    sizes = dict(bytes_code=sum(path.stat().st_size for path in code_files()),
                  bytes_model=os.path.getsize(hp.artifact))
     sizes["bytes_total"] = total = sum(sizes.values())
     log.info(f"Total submission size int{hp.matrix_bits}+range: {total} bytes")
@@ -1453,7 +1452,7 @@ def finish(hp, model_class, validation, code, audit, figures: dict) -> None:
 
 def main(hp_class=Hyperparameters, model_class=GPT, validation_class=Validation) -> None:
     """systems/NAME.py calls it with classes of its own."""
-    audit, code, hp, figures = Audit(), code_files(), hp_class.from_env(os.environ), {}
+    audit, hp, figures = Audit(), hp_class.from_env(os.environ), {}
     if world.on_cuda:
         torch.cuda.set_device(world.device)
     if world.size > 1:
@@ -1471,7 +1470,7 @@ def main(hp_class=Hyperparameters, model_class=GPT, validation_class=Validation)
             lambda: validation_class(hp),
             lambda: not hp.eval_only and TokenStream(hp.data_path, "train", hp.vocab_size))),
         lambda: world.rank or claim_outputs(hp, model)), world.size)
-    each(functools.partial(init_log, hp), [code])
+    each(init_log, [hp])
     log.info(f"val_loader:shards:{len(validation.paths)} tokens:{len(validation.target_bytes)} "
              f"bytes:{validation.bytes} documents:{len(validation.starts)}")
     check_bytes(audit, hp, validation)
@@ -1482,7 +1481,7 @@ def main(hp_class=Hyperparameters, model_class=GPT, validation_class=Validation)
         save_state(f"{hp.artifact}.trained.pt", hp, model, hessians=hessians, figures=figures,
                    checks=audit.checks)  # if packing fails, tools/repack.py goes on from here
         figures |= pack(hp, model, validation, hessians)
-    finish(hp, model_class, validation, code, audit, figures)
+    finish(hp, model_class, validation, audit, figures)
     if world.size > 1:
         dist.destroy_process_group()
 

@@ -53,7 +53,7 @@ def the_cap_is_16_000_000_bytes_with_the_code(p: Program) -> None:
         audit, text = p.core.Audit(), SimpleNamespace(starts=[0], bytes=1, is_official=False)
         scored = mock.patch.object(p.core, "evaluate", lambda *_: dict(eval_time_seconds=1.0))
         with scored, contextlib.suppress(p.core.Refused):
-            p.core.finish(hp, None, text, p.core.code_files(), audit, {})
+            p.core.finish(hp, None, text, audit, {})
         assert audit.checks["size"]["passed"] == fits
 
 

@@ -324,7 +324,7 @@ def test_a_log_is_begun_where_there_is_no_nvidia_smi(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(train_gpt.world, "device", torch.device("cuda", 0))
-    train_gpt.init_log(train_gpt.Hyperparameters(run_id="bare"), [ROOT / "train_gpt.py"])
+    train_gpt.init_log(train_gpt.Hyperparameters(run_id="bare"))
     train_gpt.log.handlers.clear()
     assert " device:cuda " in (tmp_path / "logs" / "bare.txt").read_text()
 
@@ -363,8 +363,9 @@ def test_an_artifact_over_the_cap_fails_the_audit_and_is_kept(tmp_path, monkeypa
         file.truncate(16_000_000 - sum(path.stat().st_size for path in code) + excess)
     audit, text = train_gpt.Audit(), SimpleNamespace(starts=[0], bytes=1, is_official=False)
     monkeypatch.setattr(train_gpt, "evaluate", lambda *_: dict(eval_time_seconds=1.0))
+    monkeypatch.setattr(train_gpt, "code_files", lambda: code)
     fails = pytest.raises(train_gpt.Refused, match="audit failed: size")
     with fails if excess else contextlib.nullcontext():
-        train_gpt.finish(hp, None, text, code, audit, {})
+        train_gpt.finish(hp, None, text, audit, {})
     assert audit.checks["size"]["bytes_total"] == 16_000_000 + excess
     assert Path(hp.artifact).exists() and audit.checks["size"]["passed"] is (excess == 0)

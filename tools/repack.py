@@ -88,7 +88,7 @@ def repack(path: Path, artifact: Path, module, run_id: str = "", **more) -> None
     own = dict(run_id=run_id or f"{trained.run_id}.repacked", artifact=str(artifact))
     packed_as = with_packing_of(os.environ, replace(trained, **own))
     hp = hp_class.from_env(os.environ, artifact=packed_as)
-    audit, code = t.Audit(), t.code_files()
+    audit = t.Audit()
     audit.checks |= state["checks"]
     torch.manual_seed(hp.seed)
     model = model_class(hp)
@@ -96,13 +96,13 @@ def repack(path: Path, artifact: Path, module, run_id: str = "", **more) -> None
     _locks = t.world.rank or t.claim_outputs(hp, model)
     t.check_files(replace(hp, eval_only=True))  # the training shards are not needed
     validation = getattr(module, "Validation", t.Validation)(hp)
-    t.init_log(hp, code)
+    t.init_log(hp)
     if more.get("resumed"):
         t.log.info(f"resumed: {path}")
     model.to(t.world.device)
     hessians = {name: H.to(t.world.device) for name, H in state["hessians"].items()}
     figures = state["figures"] | t.pack(hp, model, validation, hessians) | more
-    t.finish(hp, model_class, validation, code, audit, figures)
+    t.finish(hp, model_class, validation, audit, figures)
 
 
 def main(argv: list[str] | None = None) -> int | str:

@@ -16,7 +16,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "train_gpt.py"
@@ -135,7 +135,7 @@ def bases_of(script: Path) -> list[Path]:
 def namespace_of(script: Path) -> dict:
     """Hyperparameters without its methods, and what of the file its fields need."""
     tree, node, _ = source_of(script)
-    names = dict(dataclass=dataclass, field=field, ClassVar=ClassVar, math=math, os=os)
+    names = dict(dataclass=dataclass, field=field, math=math, os=os)
     if script != RECORD:
         names |= namespace_of(RECORD)
         names["train_gpt"] = SimpleNamespace(**names)
