@@ -973,11 +973,14 @@ def gptq_quantize(W: Tensor, H: Tensor, bits: int, clip_sigmas: float):
     while torch.linalg.cholesky_ex(H).info > 0 and damp < math.inf:
         H.diagonal().add_(damp := 10 * damp)
     Hinv = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
-    Q = torch.empty_like(W)
-    for j, w in enumerate(W.unbind(1)):
-        Q[:, j] = (w / scale.float()).round().clamp(-qmax, qmax)
-        err = (w - Q[:, j] * scale.float()) / Hinv[j, j]
-        W[:, j + 1 :] -= torch.outer(err, Hinv[j, j + 1 :])
+    Q, E = torch.empty_like(W), torch.empty_like(W)
+    for start in range(0, len(H), 128):  # lazy batches
+        end = start + 128
+        for j, w in enumerate(W[:, start:end].unbind(1), start):
+            Q[:, j] = (w / scale).round().clamp(-qmax, qmax)
+            E[:, j] = (w - Q[:, j] * scale) / Hinv[j, j]
+            W[:, j + 1 : end] -= torch.outer(E[:, j], Hinv[j, j + 1 : end])
+        W[:, end:] -= E[:, start:end] @ Hinv[start:end, end:]
     return Q[:, order.argsort()].to(torch.int8), scale
 
 @torch.no_grad()

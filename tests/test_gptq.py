@@ -123,7 +123,7 @@ def values_to_round(W, H, q, scale):
     return torch.from_numpy(values), np.linalg.cond(damped)
 
 
-@pytest.mark.parametrize("bits, cols", [(6, 20), (4, 20), (8, 140), (6, 140)])
+@pytest.mark.parametrize("bits, cols", [(6, 20), (4, 20), (8, 140), (6, 140), (6, 270)])
 def test_gptq_equals_its_definition(bits, cols):
     """Every value is the nearest to what its column was when its turn came, give or take what an
     inverse in float32 leaves of it: the condition of H times a rounding."""
