@@ -1007,7 +1007,7 @@ MAX_PART_BYTES = 1 << 26  # unpacked
 OF_A_PROCESS = ("run_id", "artifact", "eval_only", "scores")  # not in an artifact
 
 def coding_model(counts: list[int]):  # by how often each of 256 values comes
-    return coding.model.Categorical(np.array(counts) / sum(counts), perfect=False)
+    return coding.model.Categorical(np.array(counts) / max(1, sum(counts)), perfect=False)
 def range_code(ints: list[np.ndarray]) -> tuple[list, bytes]:
     """ints: int8. How often 0 .. 127, -128 .. -1 come in each: [tensors][256]; and the code."""
     coder, ints = coding.queue.RangeEncoder(), [q.ravel().view(np.uint8) for q in ints]
