@@ -435,18 +435,20 @@ class TrainLoader:
 # The only computations that differ on CUDA. Plain torch is the CPU path and the tests' oracle.
 def gated_delta_rule(q, k, v, g, beta, initial_state=None) -> tuple[Tensor, Tensor]:
     """S <- exp(g) S; S <- S + beta k (v - S^T k)^T; o = S^T q / sqrt(K), per token and head
-    (arXiv:2412.06464). q, k: [B, T, H, K], normalised. v: [B, T, H, V]. beta: [B, T, H].
-    g: [B, T, H], log decay <= 0. initial_state: [B, H, K, V] float32, zeros if None.
-    Returns o: [B, T, H, V] in v's dtype and the final state: [B, H, K, V] float32."""
-    assert q.shape == k.shape and g.shape == beta.shape == k.shape[:3] == v.shape[:3]
+    (arXiv:2412.06464). q, k: [B, T, Hk, K], normalised, each of H // Hk heads. v: [B, T, H, V].
+    beta: [B, T, H]. g: [B, T, H], log decay <= 0. initial_state: [B, H, K, V] float32, zeros if
+    None. Returns o, like v, and the final state, like the initial one."""
+    assert q.shape == k.shape and g.shape == beta.shape == v.shape[:3]
     if initial_state is None:
-        initial_state = k.new_zeros(len(k), *k.shape[2:], v.shape[-1], dtype=torch.float32)
+        sizes = len(v), v.shape[2], k.shape[3], v.shape[3]
+        initial_state = v.new_zeros(sizes, dtype=torch.float32)
     rule = fla_gated_delta_rule if k.is_cuda else torch_gated_delta_rule
     return rule(q, k, v, g, beta, initial_state)[:2]
 
 def torch_gated_delta_rule(q, k, v, g, beta, initial_state, chunk: int = 32):
     """In float32, or float64 of such inputs; only what needs the state is in turn."""
-    (B, T, H, K), inner = k.shape, torch.promote_types(v.dtype, torch.float32)
+    (B, T, H, _), K, inner = v.shape, k.shape[-1], torch.promote_types(v.dtype, torch.float32)
+    q, k = (x.repeat_interleave(H // x.shape[2], 2) for x in (q, k))
     inputs = q * K**-0.5, k, v, g[..., None], beta[..., None]
     padded = (F.pad(x.to(inner), (0, 0, 0, 0, 0, -T % chunk)) for x in inputs)  # changes no state
     chunks = (x.unflatten(1, (-1, chunk)).movedim((1, 3), (0, 2)).flatten(1, 2) for x in padded)
@@ -498,7 +500,7 @@ def fla_gated_delta_rule_backward(
 
 @fla_gated_delta_rule.register_fake
 def _(q, k, v, g, beta, initial_state):
-    return *(x.new_empty(x.shape) for x in (v, initial_state, g)), k.new_empty(*k.shape[:3], 64)
+    return *(x.new_empty(x.shape) for x in (v, initial_state, g)), k.new_empty(*g.shape, 64)
 @fla_gated_delta_rule_backward.register_fake
 def _(q, k, v, g_sum, beta, A, initial_state, *_):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, g_sum, beta, initial_state))
@@ -672,8 +674,7 @@ class GatedDeltaNet(nn.Module):
         qkv = joint_product(seen, self.q_proj, self.k_proj, self.v_proj)
         taps = torch.cat((self.q_conv1d, self.k_conv1d, self.v_conv1d))
         q, k, v = heads(F.silu(short_conv(qkv, taps, ctx))).split(self.qkv_heads, 2)
-        group = v.shape[2] // k.shape[2]
-        q, k = (F.normalize(x, dim=-1).repeat_interleave(group, 2) for x in (q, k))
+        q, k = (F.normalize(x, dim=-1) for x in (q, k))
         gate, a, b = products(seen, self.g_proj, self.a_proj, self.b_proj)
         g = -self.A_log.exp() * F.softplus(last(a, T).float() + self.dt_bias)  # [B, T, H]
         g = g.masked_fill(last(ctx.same_doc, T)[..., :1] == 0, RESET_LOG_DECAY)

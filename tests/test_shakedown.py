@@ -283,7 +283,7 @@ def test_a_part_of_the_table_as_a_process(run, toy, monkeypatch):
 
 
 def test_exact_results_are_those_of_all_rows_at_once():
-    inputs, weights = shakedown.op_inputs(train_gpt, (6, 20, 2, 8))
+    inputs, weights = shakedown.op_inputs(train_gpt, (6, 20, 1, 2, 8))
     exact = shakedown.exact_results(train_gpt, inputs, weights)
     once = shakedown.differentiate(train_gpt.torch_gated_delta_rule, inputs, weights)
     bad, error = shakedown.wrong(once, exact)

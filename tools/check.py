@@ -393,6 +393,7 @@ def with_gradients(function: Callable, inputs: list[Tensor], weights: list[Tenso
 
 def token_loop(q, k, v, g, beta, S) -> tuple[Tensor, Tensor]:
     """The definition: decay, write what the key does not recall, read."""
+    q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
     out = []
     for i in range(q.shape[1]):
         S = S * g[:, i].exp()[:, :, None, None]
@@ -403,10 +404,10 @@ def token_loop(q, k, v, g, beta, S) -> tuple[Tensor, Tensor]:
     return torch.stack(out, 1), S
 
 
-def delta_errors(B: int, T: int, H: int, K: int, V: int) -> dict[str, float]:
+def delta_errors(B: int, T: int, key_heads: int, H: int, K: int, V: int) -> dict[str, float]:
     """Of the op as it is called, against float64; the first row stands for all."""
     device, dtype = t.world.device, t.world.dtype
-    q, k = (F.normalize(torch.randn(B, T, H, K, device=device), dim=-1) for _ in range(2))
+    q, k = (F.normalize(torch.randn(B, T, key_heads, K, device=device), dim=-1) for _ in range(2))
     v, state = torch.randn(B, T, H, V, device=device), torch.randn(B, H, K, V, device=device)
     g = -F.softplus(2 * torch.randn(B, T, H, device=device) - 2)
     g[:, T // 3] = t.RESET_LOG_DECAY  # a document begins
@@ -490,7 +491,7 @@ def reads(job, reach: int) -> list[tuple[int, int]]:
 def delta_rule(job) -> Row:
     layers = [m for m in job.model.modules() if isinstance(m, t.GatedDeltaNet)]
     errors = {}
-    for shape in sorted({m.state_shape for m in layers}):
+    for shape in sorted({(m.qkv_heads[0], *m.state_shape) for m in layers}):
         for B, T in reads(job, 0):
             errors[f"{B} x {T}"] = delta_errors(B, T, *shape)
     return kernel_row(errors, 0.03 if t.world.on_cuda else 1e-4)

@@ -116,10 +116,10 @@ def train_parts(module, hp, progress: float) -> tuple[Part, Part, int]:
     """Forward, backward, and how often both run in a step."""
     graphs, times = inductor.train_graphs(module.GPT, hp, progress)
     assert [graph.backward for graph in graphs] == [False, True]
-    shapes = {  # of the second argument of fla's ops: the weight, k
-        name: tuple(node.args[1].meta["val"].shape)
+    shapes = {  # of an argument of fla's ops: the weight, v
+        name: tuple(node.args[place].meta["val"].shape)
         for node in graphs[0].module.graph.nodes
-        for name in ("short_conv", "gated_delta_rule")
+        for name, place in dict(short_conv=1, gated_delta_rule=2).items()
         if str(node.target) == f"train_gpt.{name}.default"
     }
     delta = collections.Counter()

@@ -415,9 +415,9 @@ def plainest(configs: list):
     return min(configs, key=lambda c: (c.num_warps, c.num_stages, sum(c.kwargs.values())))
 
 
-def op_shape(size: int) -> tuple[int, int, int, int]:
-    """B, T, H, K of a micro-batch of the system with heads of this size; fewer rows on a GPU with
-    less memory than 78 GiB."""
+def op_shape(size: int) -> tuple[int, int, int, int, int]:
+    """B, T, heads of keys and of values, K of a micro-batch of the system with heads of this size;
+    fewer rows on a GPU with less memory than 78 GiB."""
     import torch
 
     _, t, module = program({64: "record", 128: "crawler"}[size])
@@ -426,7 +426,7 @@ def op_shape(size: int) -> tuple[int, int, int, int]:
     if t.world.on_cuda:
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         rows = max(1, min(rows, int(rows * memory / 78)))
-    return rows, hp.train_seq_len, hp.gdn_heads, hp.gdn_head_dim
+    return rows, hp.train_seq_len, hp.gdn_key_heads, hp.gdn_heads, hp.gdn_head_dim
 
 
 def op_inputs(t, shape) -> tuple[list, list]:
@@ -435,9 +435,9 @@ def op_inputs(t, shape) -> tuple[list, list]:
     import torch
     import torch.nn.functional as F
 
-    (B, T, H, K), device = shape, t.world.device
+    (B, T, key_heads, H, K), device = shape, t.world.device
     torch.manual_seed(0)
-    q, k = (F.normalize(torch.randn(B, T, H, K, device=device), dim=-1) for _ in range(2))
+    q, k = (F.normalize(torch.randn(B, T, key_heads, K, device=device), dim=-1) for _ in range(2))
     v, beta = torch.randn(B, T, H, K, device=device), torch.rand(B, T, H, device=device)
     g, state = -torch.rand(B, T, H, device=device), torch.randn(B, H, K, K, device=device)
     g[torch.rand(B, T, device=device) < 1 / 300] = t.RESET_LOG_DECAY
@@ -568,7 +568,7 @@ def op(size: str) -> None:
     t, folder = program()[1], FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     shape, exact_path = op_shape(int(size)), folder / f"op{size}.exact.pt"
-    print(f"B, T, H, K: {shape}", flush=True)
+    print(f"B, T, heads of keys, of values, K: {shape}", flush=True)
     torch.save(exact_results(t, *op_inputs(t, shape)), exact_path)
     torch.cuda.empty_cache()
     with ThreadPoolExecutor(min(AT_ONCE, os.cpu_count() // 2 or 1)) as pool:

@@ -1,6 +1,6 @@
 """The custom ops by Triton's interpreter against plain torch, with the tiles that an H100 gets.
 
-TRITON_INTERPRET=1 python tests/gpuless/interpret_fla.py H K     # prints JSON: relative errors
+TRITON_INTERPRET=1 python tests/gpuless/interpret_fla.py HK H K  # prints JSON: relative errors
 """
 
 import json
@@ -18,10 +18,10 @@ cards.pretend(cards.H100, "cpu")
 import train_gpt as t  # noqa: E402
 
 kernels.on_gpu(cards.H100)
-H, K = map(int, sys.argv[1:])
+HK, H, K = map(int, sys.argv[1:])  # heads of queries and keys, of values, their size
 B, T = 1, 150  # two chunks and a part
 torch.manual_seed(0)
-q, k = (F.normalize(torch.randn(B, T, H, K), dim=-1) for _ in range(2))
+q, k = (F.normalize(torch.randn(B, T, HK, K), dim=-1) for _ in range(2))
 v, state = torch.randn(B, T, H, K), torch.randn(B, H, K, K)
 g, beta = -torch.rand(B, T, H), torch.rand(B, T, H)
 g[:, 90] = t.RESET_LOG_DECAY  # a document starts

@@ -53,9 +53,11 @@ def usage(cubin: bytes, shared: int) -> Usage:
     return Usage(registers, stack, max(shared, static))
 
 
-def delta_inputs(B: int, T: int, H: int, K: int):
+def delta_inputs(B: int, T: int, H: int, K: int, key_heads: int):
     """Of the forward op, and what the backward op takes besides: do and d_state."""
-    q, k, v, do = (torch.empty(B, T, H, K, dtype=torch.bfloat16) for _ in range(4))
+    q, k, v, do = (
+        torch.empty(B, T, n, K, dtype=torch.bfloat16) for n in (key_heads, key_heads, H, H)
+    )
     g, beta = torch.empty(B, T, H), torch.empty(B, T, H)
     state, d_state = torch.empty(B, H, K, K), torch.empty(B, H, K, K)
     return (q, k, v, g, beta, state), (do, d_state)
@@ -71,10 +73,11 @@ def conv_inputs(B: int, T: int, n: int):
 
 def run_ops(shape, op, into=lambda x: x, channels: int | None = None) -> dict[str, tuple]:
     """Outputs of each op, called as op(name)(...). shape: B, T, H, K; into: what is done with each
-    input first; channels: of the convolution, None = q, k and v have H heads."""
+    input first; channels: of q, k and v together, None = all have H heads."""
     (B, T, H, K), found = shape, {}
-    conv, dy = conv_inputs(B, T, channels or 3 * H * K)
-    delta, gradients = delta_inputs(*shape)
+    channels = channels or 3 * H * K
+    conv, dy = conv_inputs(B, T, channels)
+    delta, gradients = delta_inputs(*shape, (channels // K - H) // 2)
     conv, delta, gradients = ([into(x) for x in tensors] for tensors in (conv, delta, gradients))
     found["short_conv"] = (op("short_conv")(*conv),)
     found["short_conv_backward"] = op("short_conv_backward")(*conv, into(dy))

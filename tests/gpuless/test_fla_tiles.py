@@ -22,13 +22,13 @@ FULL = pytest.mark.skipif(os.environ.get("GPULESS") != "full", reason="GPULESS=f
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="Triton is for Linux")
 @pytest.mark.parametrize(
-    "head_dim, tile",  # of the gradients of q and k; of the WY form it is 64
+    "heads, head_dim, tile",  # of keys, of values; tile of the gradients of q and k
     [
-        (64, 64),  # record, pure_gdn, kv_share
-        pytest.param(128, 128, marks=FULL),  # crawler
+        ((1, 2), 64, 64),  # record; pure_gdn and kv_share share no keys
+        pytest.param((1, 1), 128, 128, marks=FULL),  # crawler
     ],
 )
-def test_kernels_in_the_tiles_of_a_gpu_equal_plain_torch(head_dim, tile, tmp_path):
+def test_kernels_in_the_tiles_of_a_gpu_equal_plain_torch(heads, head_dim, tile, tmp_path):
     package = Path(importlib.util.find_spec("fla").submodule_search_locations[0])
     shutil.copytree(package, tmp_path / "fla")
     for folder in ("common", "gated_delta_rule"):  # the interpreter's loop counters are plain ints
@@ -36,7 +36,7 @@ def test_kernels_in_the_tiles_of_a_gpu_equal_plain_torch(head_dim, tile, tmp_pat
             path.write_text(path.read_text().replace("= i_t.to(tl.int64)", "= i_t"))
     path = f"{tmp_path}:{HERE.parent.parent}"
     result = subprocess.run(
-        [sys.executable, HERE / "interpret_fla.py", "1", str(head_dim)],
+        [sys.executable, HERE / "interpret_fla.py", *map(str, (*heads, head_dim))],
         env=os.environ | dict(TRITON_INTERPRET="1", PYTHONPATH=path, HOME=str(tmp_path)),
         cwd=tmp_path,
         capture_output=True,
