@@ -116,16 +116,11 @@ def train_parts(module, hp, progress: float) -> tuple[Part, Part, int]:
     """Forward, backward, and how often both run in a step."""
     graphs, times = inductor.train_graphs(module.GPT, hp, progress)
     assert [graph.backward for graph in graphs] == [False, True]
-    shapes = {  # of an argument of fla's ops: the weight, v
-        name: tuple(node.args[place].meta["val"].shape)
-        for node in graphs[0].module.graph.nodes
-        for name, place in dict(short_conv=1, gated_delta_rule=2).items()
-        if str(node.target) == f"train_gpt.{name}.default"
-    }
-    delta = collections.Counter()
-    if shapes:
-        channels, _ = shapes.get("short_conv", (None, None))
-        found = kernels.op_bytes(shapes["gated_delta_rule"], channels)
+    delta, nodes = collections.Counter(), graphs[0].module.graph.nodes
+    rule = "train_gpt.gated_delta_rule.default"
+    if call := next((node for node in nodes if str(node.target) == rule), None):
+        _, k, v = (x.meta["val"].shape for x in call.args[:3])
+        found = kernels.op_bytes(tuple(v), key_heads=k[2])
         delta.update({name: sum(moved.values()) for name, moved in found.items()})
     forward, backward = (part_of(graph, delta) for graph in graphs)
     return forward, backward, times

@@ -71,13 +71,13 @@ def conv_inputs(B: int, T: int, n: int):
     return (x, torch.empty(n, 4), bounds, chunks), dy
 
 
-def run_ops(shape, op, into=lambda x: x, channels: int | None = None) -> dict[str, tuple]:
+def run_ops(shape, op, into=lambda x: x, key_heads: int | None = None) -> dict[str, tuple]:
     """Outputs of each op, called as op(name)(...). shape: B, T, H, K; into: what is done with each
-    input first; channels: of q, k and v together, None = all have H heads."""
+    input first; key_heads: of queries and keys, None = H."""
     (B, T, H, K), found = shape, {}
-    channels = channels or 3 * H * K
-    conv, dy = conv_inputs(B, T, channels)
-    delta, gradients = delta_inputs(*shape, (channels // K - H) // 2)
+    key_heads = key_heads or H
+    conv, dy = conv_inputs(B, T, (2 * key_heads + H) * K)
+    delta, gradients = delta_inputs(*shape, key_heads)
     conv, delta, gradients = ([into(x) for x in tensors] for tensors in (conv, delta, gradients))
     found["short_conv"] = (op("short_conv")(*conv),)
     found["short_conv_backward"] = op("short_conv_backward")(*conv, into(dy))
@@ -96,13 +96,13 @@ def real(name: str):
     return getattr(train_gpt, f"fla_{name}")._init_fn
 
 
-def fake_ops(shape: tuple[int, int, int, int], channels: int) -> dict[str, tuple]:
+def fake_ops(shape: tuple[int, int, int, int], key_heads: int) -> dict[str, tuple]:
     """Outputs of the ops' fakes."""
     import train_gpt  # noqa: F401  (registers the ops)
 
     with FakeTensorMode() as mode:
         ops = torch.ops.train_gpt
-        return run_ops(shape, lambda name: getattr(ops, name), mode.from_tensor, channels)
+        return run_ops(shape, lambda name: getattr(ops, name), mode.from_tensor, key_heads)
 
 
 def on_gpu(card: cards.Card) -> None:
@@ -122,8 +122,8 @@ def described(outputs: dict[str, tuple]) -> list[tuple]:
     ]
 
 
-def compile_ops(card: cards.Card, shape: tuple[int, ...], channels: int, few: bool) -> dict:
-    """Compiles every configuration of every kernel, or a few; shape, channels: as of `run_ops`.
+def compile_ops(card: cards.Card, shape: tuple[int, ...], key_heads: int, few: bool) -> dict:
+    """Compiles every configuration of every kernel, or a few; shape, key_heads: as of `run_ops`.
 
     Returns rows of kernel, configuration, registers, spilled, shared; what failed to compile; the
     ops' outputs, real and fake: name, dtype, shape, strides."""
@@ -157,7 +157,7 @@ def compile_ops(card: cards.Card, shape: tuple[int, ...], channels: int, few: bo
     triton.runtime.JITFunction.run, Autotuner.run = compile_only, chosen
     try:
         on_gpu(card)
-        outputs = run_ops(shape, real, channels=channels), fake_ops(shape, channels)
+        outputs = run_ops(shape, real, key_heads=key_heads), fake_ops(shape, key_heads)
         found = [described(one) for one in outputs]
     finally:
         triton.runtime.JITFunction.run, Autotuner.run = run, tune
@@ -179,7 +179,7 @@ class CountBytes(TorchDispatchMode):
 
 
 def op_bytes(
-    shape: tuple[int, int, int, int], channels: int | None = None
+    shape: tuple[int, int, int, int], key_heads: int | None = None
 ) -> dict[str, dict[str, int]]:
     """Bytes that the kernels of each op, as of `run_ops`, read and write, by kernel: each argument
     once. Nothing is compiled."""
@@ -206,7 +206,7 @@ def op_bytes(
     current, saved = "", (triton.runtime.JITFunction.run, Autotuner.run)
     triton.runtime.JITFunction.run, Autotuner.run = count, first
     try:
-        run_ops(shape, counted, channels=channels)
+        run_ops(shape, counted, key_heads=key_heads)
     finally:
         triton.runtime.JITFunction.run, Autotuner.run = saved
     return {name: dict(kernels) for name, kernels in moved.items()}
@@ -215,9 +215,9 @@ def op_bytes(
 if __name__ == "__main__":
     what, arch, *sizes = sys.argv[1:]
     cards.pretend(cards.CARDS[int(arch)], "cpu")
-    *shape, channels = map(int, sizes)
+    *shape, key_heads = map(int, sizes)
     if what == "bytes":
-        result = op_bytes(tuple(shape), channels)
+        result = op_bytes(tuple(shape), key_heads)
     else:
-        result = compile_ops(cards.CARDS[int(arch)], tuple(shape), channels, what == "few")
+        result = compile_ops(cards.CARDS[int(arch)], tuple(shape), key_heads, what == "few")
     print(json.dumps(result))

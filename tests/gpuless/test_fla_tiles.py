@@ -24,7 +24,7 @@ FULL = pytest.mark.skipif(os.environ.get("GPULESS") != "full", reason="GPULESS=f
 @pytest.mark.parametrize(
     "heads, head_dim, tile",  # of keys, of values; tile of the gradients of q and k
     [
-        ((1, 2), 64, 64),  # record; pure_gdn and kv_share share no keys
+        ((2, 4), 64, 64),  # record; pure_gdn and kv_share share no keys
         pytest.param((1, 1), 128, 128, marks=FULL),  # crawler
     ],
 )
