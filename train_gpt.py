@@ -440,8 +440,7 @@ def gated_delta_rule(q, k, v, g, beta, initial_state=None) -> tuple[Tensor, Tens
     None. Returns o, like v, and the final state, like the initial one."""
     assert q.shape == k.shape and g.shape == beta.shape == v.shape[:3]
     if initial_state is None:
-        sizes = len(v), v.shape[2], k.shape[3], v.shape[3]
-        initial_state = v.new_zeros(sizes, dtype=torch.float32)
+        initial_state = torch.zeros(len(v), v.shape[2], k.shape[3], v.shape[3], device=v.device)
     rule = fla_gated_delta_rule if k.is_cuda else torch_gated_delta_rule
     return rule(q, k, v, g, beta, initial_state)[:2]
 
@@ -670,11 +669,11 @@ class GatedDeltaNet(nn.Module):
         Returns [B, T, D] and the state after them. It must not look across documents."""
         def heads(x):
             return last(x, T).unflatten(-1, (-1, self.head_dim))  # [B, T, H, K]
-
         qkv = joint_product(seen, self.q_proj, self.k_proj, self.v_proj)
         taps = torch.cat((self.q_conv1d, self.k_conv1d, self.v_conv1d))
-        q, k, v = heads(F.silu(short_conv(qkv, taps, ctx))).split(self.qkv_heads, 2)
-        q, k = (F.normalize(x, dim=-1) for x in (q, k))
+        # equal pieces: torch.compile recomputes them
+        q, k, *v = heads(F.silu(short_conv(qkv, taps, ctx))).split(self.qkv_heads[0], 2)
+        q, k, v = F.normalize(q, dim=-1), F.normalize(k, dim=-1), torch.cat(v, 2)
         gate, a, b = products(seen, self.g_proj, self.a_proj, self.b_proj)
         g = -self.A_log.exp() * F.softplus(last(a, T).float() + self.dt_bias)  # [B, T, H]
         g = g.masked_fill(last(ctx.same_doc, T)[..., :1] == 0, RESET_LOG_DECAY)
@@ -875,7 +874,7 @@ def polar_express(G: Tensor, steps: int = 5) -> Tensor:
     [0.859, 1.141]. G: [..., rows, cols]. Returns that shape in the compute dtype."""
     tall = G.shape[-2] > G.shape[-1]
     X = F.normalize((G.mT if tall else G).to(world.dtype), dim=(-2, -1), eps=1e-7)
-    for a, b, c in (POLAR_EXPRESS + POLAR_EXPRESS[-1:] * (steps - 5))[:steps]:
+    for a, b, c in (POLAR_EXPRESS + POLAR_EXPRESS[-1:] * steps)[:steps]:
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
     return X.mT if tall else X
@@ -964,9 +963,9 @@ def gptq_quantize(W: Tensor, H: Tensor, bits: int, clip_sigmas: float):
     H: [cols, cols], X^T X of the inputs. Returns q: int8 [rows, cols], scale: float16 [rows]."""
     assert H.shape == 2 * W.shape[1:]
     qmax = 2 ** (bits - 1) - 1
-    scale = (clip_sigmas * W.std(dim=1) / qmax).clamp(2**-24, 65504).half()
+    scale = (clip_sigmas * W.std(1) / qmax).clamp(2**-24, 65504).half()
     dead = H.diagonal() == 0
-    W, H = W.masked_fill(dead, 0.0), H.float() + dead.float().diag()
+    W, H = W.masked_fill(dead, 0), H.float() + dead.float().diag()
     order = H.diagonal().argsort(descending=True)
     W, H = W[:, order], H[order][:, order]
     damp = 0.01 * H.diagonal().mean()  # "percdamp"
@@ -974,7 +973,7 @@ def gptq_quantize(W: Tensor, H: Tensor, bits: int, clip_sigmas: float):
     while torch.linalg.cholesky_ex(H).info > 0 and damp < math.inf:
         H.diagonal().add_(damp := 10 * damp)
     Hinv = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
-    Q, E = torch.empty_like(W), torch.empty_like(W)
+    Q, E = W.new_empty(2, *W.shape)
     for start in range(0, len(H), 128):  # lazy batches
         end = start + 128
         for j, w in enumerate(W[:, start:end].unbind(1), start):
@@ -1008,7 +1007,7 @@ MAX_PART_BYTES = 1 << 26  # unpacked
 OF_A_PROCESS = ("run_id", "artifact", "eval_only", "scores")  # not in an artifact
 
 def coding_model(counts: list[int]):  # by how often each of 256 values comes
-    return coding.model.Categorical(np.array(counts) / max(1, sum(counts)), perfect=False)
+    return coding.model.Categorical(np.array(counts) / (sum(counts) or 1), perfect=False)
 def range_code(ints: list[np.ndarray]) -> tuple[list, bytes]:
     """ints: int8. How often 0 .. 127, -128 .. -1 come in each: [tensors][256]; and the code."""
     coder, ints = coding.queue.RangeEncoder(), [q.ravel().view(np.uint8) for q in ints]
@@ -1151,7 +1150,7 @@ def score(model, tokens: Tensor, plan: Plan, learner=None):
         start, end, first = step.unsqueeze(-1).unbind(1)  # [rows, 1] each
         index = start + places  # [rows, length], of targets
         scored, here = (index >= first) & (index < end), index % n  # the rest is not scored
-        with torch.set_grad_enabled(learner is not None):
+        with torch.set_grad_enabled(bool(learner)):
             out = model(tokens[here], tokens[here + 1], cache)
         out, cache = out if plan.cached else (out, None)
         place = torch.where(scored, index, n).flatten()  # no index of booleans: the CPU would wait
@@ -1180,7 +1179,7 @@ class Validation:
             raise Refused(f"TOKENIZER_PATH={hp.tokenizer_path}: {error}") from None
         self.count_bytes(hp, sp)
         self.bytes = self.target_bytes.sum(dtype=torch.int64).item()
-        if self.bytes == 0:
+        if not self.bytes:
             raise Refused(f"{self.paths[0]}: {len(ids)} tokens, expected some with text")
         self.is_official = len(self.starts) == 50_000 and 151_020_000 <= self.bytes <= 151_090_000
         texts = sp.decode([part.tolist() for part in np.split(ids.numpy(), self.starts)[1:]])
@@ -1289,7 +1288,7 @@ def fingerprint(model: GPT) -> str:  # of all weights, bit for bit, and of the o
 
 def warm_up(hp, model) -> None:
     """Compiles training on random tokens, outside the clock, then puts the weights back."""
-    saved, optimizer = copy.deepcopy(model.state_dict()), Muon(model, hp)  # both thrown away
+    saved, optimizer = copy.deepcopy(model.state_dict()), Muon(model, hp)
     shape = 2, hp.micro_rows(), hp.train_seq_len
     x, y = torch.randint(BOS_ID + 1, hp.vocab_size, shape, device=world.device)  # no documents
     for progress in hp.stage_starts():

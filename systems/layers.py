@@ -53,8 +53,8 @@ class DeltaNet(train_gpt.GatedDeltaNet):
         if self.q_conv1d is not None:
             taps = torch.cat((self.q_conv1d, self.k_conv1d, self.v_conv1d))
             qkv = train_gpt.short_conv(qkv, taps, ctx)
-        q, k, v = heads(self.activate(qkv)).split(self.qkv_heads, 2)
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        q, k, *v = heads(self.activate(qkv)).split(self.qkv_heads[0], 2)
+        q, k, v = F.normalize(q, dim=-1), F.normalize(k, dim=-1), torch.cat(v, 2)
         gate, a, b = train_gpt.products(seen, self.g_proj, self.a_proj, self.b_proj)
         g = -self.A_log.exp() * F.softplus(last(a, T).float() + self.dt_bias)  # [B, T, H]
         g = g.masked_fill(last(ctx.same_doc, T)[..., :1] == 0, train_gpt.RESET_LOG_DECAY)
