@@ -147,9 +147,12 @@ class SlowSGD:
             lr = self.hp.ttt_lr * (1 + math.cos(math.pi * chunk * C / horizon)) / 2
             with torch.no_grad():
                 for p, grad, buffer in zip(self.trained, grads, self.momentum, strict=True):
-                    buffer.mul_(0.9).add_(grad * min(1.0, 1.0 / (norm + 1e-6)))
+                    buffer.mul_(0.9).add_(self.direction(grad * min(1.0, 1.0 / (norm + 1e-6))))
                     p.sub_(lr * buffer)
             self.steps += 1
+
+    def direction(self, grad):
+        return grad
 
 
 def learn_slowly(model, tokens, hp) -> tuple[torch.Tensor, int]:

@@ -1,6 +1,7 @@
-"""What adapters learn while scoring: the record's way of it, and others.
+"""What is learned while scoring: by adapters in the record's way and others, by phases of SGD.
 
     python tools/adapters.py ARTIFACT...
+    python tools/adapters.py --phases ARTIFACT...  # of a text of 100,000 tokens and more
 
 Each artifact is scored as a stream, with its settings or those of the environment, as DATA_PATH or
 EVAL_ROWS. A line: bits per byte, what learning gains, and its time, in streams without learning.
@@ -13,7 +14,6 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "systems"), str(ROOT / "tools")]
 import bench  # noqa: E402  (the paths come first)
 import packed  # noqa: E402
+import parts  # noqa: E402
+import transformer  # noqa: E402
 
 import train_gpt as t  # noqa: E402
 
@@ -91,6 +93,30 @@ class MixerTTT(SomeTTT):
     part = ".mixer."
 
 
+class SgdPhases(transformer.PhasedTTT):
+    """Without adapters."""
+
+    read_segment = parts.SgdTTT.read_segment
+
+
+class Orthogonal:
+    """#1148: the gradient of a matrix is orthogonalised before SGD."""
+
+    def update(self, optimizer) -> None:
+        for p in self.weights if optimizer is self.sgd else ():
+            if p.ndim == 2:
+                p.grad = t.polar_express(p.grad).float()
+        super().update(optimizer)
+
+
+class OrthogonalPhases(Orthogonal, SgdPhases):
+    pass
+
+
+class OrthogonalPhasedTTT(Orthogonal, transformer.PhasedTTT):
+    pass
+
+
 WAYS = {  # the step, in STEP; other hyperparameters; the learner
     "as the record": (1, {}, t.LoraTTT),
     "step x3": (3, {}, t.LoraTTT),
@@ -105,6 +131,16 @@ WAYS = {  # the step, in STEP; other hyperparameters; the learner
     "step x10, mixers alone": (10, {}, MixerTTT),
     "step x10, A starts again": (10, {}, ColdTTT),
 }
+PHASED = dict(ttt_phases=3, ttt_freeze_blocks=0)
+SGD = PHASED | dict(ttt_lr=0.003)  # the best of 0.003 to 0.1
+ORTHOGONAL = PHASED | dict(ttt_lr=0.0003)  # the best of 0.0003 to 0.01
+PHASES = {
+    "adapters": (10, {}, t.LoraTTT),
+    "SGD": (0, SGD, SgdPhases),
+    "orthogonal SGD": (0, ORTHOGONAL, OrthogonalPhases),
+    "adapters, SGD": (10, SGD, transformer.PhasedTTT),
+    "adapters, orthogonal SGD": (10, ORTHOGONAL, OrthogonalPhasedTTT),
+}
 
 
 class Scored:
@@ -117,10 +153,10 @@ class Scored:
         self.validation = getattr(self.module, "Validation", t.Validation)(self.settings())
 
     def settings(self, **changes):
-        """Those of the artifact, then of the environment, then changes."""
-        fixed = dict(eval_mode="stream", eval_seconds=0.0, **changes)
+        """Those of the artifact, then of the environment, then changes, which may be a system's."""
         hp = self.module.Hyperparameters.from_env(os.environ, self.saved)
-        return replace(hp, **fixed)
+        vars(hp).update(dict(eval_mode="stream", eval_seconds=0.0) | changes)
+        return hp
 
     def score(self, hp, learner=None) -> tuple[float, float]:
         """Bits per byte, seconds."""
@@ -129,33 +165,34 @@ class Scored:
         found = t.validate(self.model, self.validation, plan, "adapters", learner)
         return found["val_bpb"], found["seconds"]
 
-    def learned(self, way: str) -> tuple[float, float]:
-        step, changes, learner = WAYS[way]
+    def learned(self, step: float, changes: dict, learner) -> tuple[float, float]:
         hp = self.settings(ttt="lora", **changes)
         hp.ttt_lora_lr = step * STEP / hp.ttt_lora_alpha
+        hp.ttt_chunk_tokens = 2 * hp.train_seq_len  # of a step of SGD
         return self.score(hp, learner(self.model, hp))
 
 
-def measure(path: Path) -> None:
+def measure(path: Path, ways: dict) -> None:
     """A line for each way. Raises: as Scored."""
     scored = Scored(path)
     plain, seconds = scored.score(scored.settings())
     print(path.name)
-    print(f"  {'without learning':<28}{plain:>10.4f}{0:>10.4f}{1:>8.1f}", flush=True)
-    for way in WAYS:
-        bpb, took = scored.learned(way)
-        print(f"  {way:<28}{bpb:>10.4f}{plain - bpb:>10.4f}{took / seconds:>8.1f}", flush=True)
+    print(f"  {'without learning':<28}{plain:>10.5f}{0:>10.5f}{1:>8.1f}", flush=True)
+    for way, how in ways.items():
+        bpb, took = scored.learned(*how)
+        print(f"  {way:<28}{bpb:>10.5f}{plain - bpb:>10.5f}{took / seconds:>8.1f}", flush=True)
 
 
 def main() -> int | str:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("artifacts", type=Path, nargs="+", metavar="ARTIFACT")
+    parser.add_argument("--phases", action="store_true")
     args = parser.parse_args()
     print(f"{'':<30}{'bits/byte':>10}{'gain':>10}{'time':>8}")
     try:
         for path in args.artifacts:
-            measure(path)
+            measure(path, PHASES if args.phases else WAYS)
     except (OSError, ValueError) as error:
         return f"adapters: error: {error}"
     return 0
