@@ -132,8 +132,8 @@ WAYS = {  # the step, in STEP; other hyperparameters; the learner
     "step x10, A starts again": (10, {}, ColdTTT),
 }
 PHASED = dict(ttt_phases=3, ttt_freeze_blocks=0)
-SGD = PHASED | dict(ttt_lr=0.003)  # the best of 0.003 to 0.1
-ORTHOGONAL = PHASED | dict(ttt_lr=0.0003)  # the best of 0.0003 to 0.01
+SGD = PHASED | dict(ttt_lr=0.003)  # the best of 0.001 to 0.1
+ORTHOGONAL = PHASED | dict(ttt_lr=0.0003)  # the best of 0.0001 to 0.01
 PHASES = {
     "adapters": (10, {}, t.LoraTTT),
     "SGD": (0, SGD, SgdPhases),

@@ -236,17 +236,15 @@ def table_of_rounding() -> Iterator[str]:
         yield row(way, *(loss for name, loss in lines if name == way))
 
 
-def table_of_adapters() -> Iterator[str]:
-    """A column for each artifact: what learning gains; and the time of the first."""
-    text = read("adapters.txt")
+def table_of_adapters(log: str, *time: str) -> Iterator[str]:
+    """A column for each artifact: what learning gains; and, under `time`, the time of the first."""
+    text = read(log)
     artifacts = re.findall(r"^(\S+)\.ptz$", text, re.M)
     lines = re.findall(r"^  (\S.*?)  +\S+ +(\S+) +(\S+)$", text, re.M)
-    yield head(
-        "bits per byte gained", *(f"`{name}`" for name in artifacts), "time, in plain streams"
-    )
+    yield head("bits per byte gained", *(f"`{name}`" for name in artifacts), *time)
     for way in dict.fromkeys(name for name, _, _ in lines if name != "without learning"):
-        gains, (time, *_) = zip(*(own for name, *own in lines if name == way), strict=True)
-        yield row(way, *gains, time)
+        gains, times = zip(*(own for name, *own in lines if name == way), strict=True)
+        yield row(way, *gains, *times[: len(time)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -427,7 +425,8 @@ BLOCKS = dict(
     targets=table_of_targets,
     packers=table_of_packers,
     rounding=table_of_rounding,
-    adapters=table_of_adapters,
+    adapters=lambda: table_of_adapters("adapters.txt", "time, in plain streams"),
+    phases=lambda: table_of_adapters("phases.txt"),
     graphs=table_of_graphs,
     floors=table_of_floors,
     savings=table_of_savings,
